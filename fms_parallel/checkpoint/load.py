@@ -1,0 +1,76 @@
+"""Weights into a model: each rank reads the boxes that it holds, and nothing else.
+
+It knows modules and lazy tensors; it knows no formats (an adapter has renamed the keys before) and talks to no rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from fms_parallel.checkpoint.lazy import Agreeing, LazyTensor
+from fms_parallel.checkpoint.slots import Slot, slots_of
+from fms_parallel.distributed.boxes import local_tensor
+from fms_parallel.errors import CheckpointError
+
+SHOWN = 10
+"""Keys of each kind that a message names before it only counts."""
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, LazyTensor], *, source: str) -> None:
+    """Fill every parameter and persistent buffer of `model`, in any layout, from tensors under its own names.
+
+    Values are cast to the model's dtype. Of tied names one suffices; when both are there they must be equal.
+
+    Args:
+        model: materialised; plain tensors or DTensors of any placements.
+        tensors: as `open_weights` gives them, through an adapter's `to_native` unless they are native already.
+        source: where they come from, for messages.
+    Raises:
+        CheckpointError: keys that are missing, extra or of the wrong shape, all of them, before a byte is read; a
+            model on the meta device; tied weights that differ; a file that can no longer be read.
+    """
+    slots = slots_of(model)
+    matched = _match(slots, tensors, source)
+    with torch.no_grad():
+        for slot, tensor in zip(slots, matched, strict=True):
+            try:
+                local_tensor(slot.tensor).copy_(tensor.read(slot.box()))
+            except CheckpointError as error:
+                raise CheckpointError(f"{source}: {' = '.join(slot.names)}: {error}") from error
+
+
+def _match(slots: Sequence[Slot], tensors: Mapping[str, LazyTensor], source: str) -> list[LazyTensor]:
+    """The tensor of each slot, or one error with everything that does not fit."""
+    names = {name for slot in slots for name in slot.names}
+    missing: list[str] = []
+    unfit: list[str] = []
+    matched: list[LazyTensor] = []
+    for slot in slots:
+        found = {name: tensors[name] for name in slot.names if name in tensors}
+        if not found:
+            missing.append(" = ".join(slot.names))
+        for name, tensor in found.items():
+            if tensor.shape != slot.shape:
+                unfit.append(f"{name} ({list(tensor.shape)}, the model has {list(slot.shape)})")
+            elif tensor.dtype.is_floating_point != slot.tensor.dtype.is_floating_point:
+                unfit.append(f"{name} ({tensor.dtype}, the model has {slot.tensor.dtype})")
+        copies = list({id(tensor): tensor for tensor in found.values()}.values())
+        if len(copies) == 1:
+            matched += copies
+        elif not unfit and copies:
+            matched.append(Agreeing(copies))
+    extra = [name for name in tensors if name not in names]
+    kinds = {"missing": missing, "extra": extra, "of the wrong shape or type": unfit}
+    wrong = [_listed(kind, keys) for kind, keys in kinds.items() if keys]
+    if wrong:
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(wrong)}.")
+    return matched
+
+
+def _listed(kind: str, keys: Sequence[str]) -> str:
+    """`2 missing: a, b`, or the first ten and how many more there are."""
+    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    return f"{len(keys)} {kind}: {', '.join(keys[:SHOWN])}{more}"

@@ -1,0 +1,81 @@
+"""Every private or renamed torch API that the library uses, one named function each, tested in tests/test_compat.py.
+
+Nothing else in the library imports a torch name with a leading underscore. Tested on torch 2.13.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+
+def all_gather_single(out: Tensor, shard: Tensor, group: dist.ProcessGroup) -> None:
+    """Concatenate every rank's `shard` along dim 0 into `out` (named `all_gather_into_tensor` before torch 2.13)."""
+    gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, shard, group=group)
+
+
+def reduce_scatter_single(out: Tensor, full: Tensor, group: dist.ProcessGroup) -> None:
+    """Sum `full` over the ranks and keep this rank's chunk of dim 0 (`reduce_scatter_tensor` before torch 2.13)."""
+    scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scatter(out, full, group=group)
+
+
+def functional_all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Out-of-place sum that torch.compile can trace."""
+    from torch.distributed import _functional_collectives as functional
+
+    return functional.wait_tensor(functional.all_reduce(tensor, "sum", group))
+
+
+def functional_all_gather(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Out-of-place gather along dim 0 that torch.compile can trace."""
+    from torch.distributed import _functional_collectives as functional
+
+    gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+    return functional.wait_tensor(gather(shard, 0, group))
+
+
+def functional_reduce_scatter(full: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Out-of-place reduce-scatter along dim 0 that torch.compile can trace."""
+    from torch.distributed import _functional_collectives as functional
+
+    scatter = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
+    return functional.wait_tensor(scatter(full, "sum", 0, group))
+
+
+def local_shape_and_offset(
+    shape: torch.Size, mesh: DeviceMesh, placements: tuple[Any, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and global offset of this rank's piece of a DTensor, `_StridedShard` placements included."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return tuple(local), tuple(offset)
+
+
+def replicate(module: nn.Module, mesh: DeviceMesh, **policies: Any) -> None:
+    """FSDP2's machinery with whole parameters on every rank: plain data parallelism, gradients all-reduced."""
+    from torch.distributed._composable.replicate_with_fsdp import replicate as torch_replicate
+
+    torch_replicate(module, mesh=mesh, **policies)
+
+
+def sum_instead_of_premul(module: nn.Module) -> None:
+    """Let FSDP2 divide gradients itself: gloo has no PREMUL_SUM, which an explicit divide factor would pick."""
+    module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+
+
+def memory_is_filled() -> bool:
+    """Whether torch fills new memory with NaN (deterministic mode): the poison that the tests use."""
+    return torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+
+
+def queue_backward_callback(callback: Callable[[], None]) -> None:
+    """Run `callback` when the running backward pass ends."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]

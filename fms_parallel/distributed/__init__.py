@@ -1,0 +1,1 @@
+"""Start-up, mesh and collectives: how ranks find each other and talk."""

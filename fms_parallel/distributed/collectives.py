@@ -1,0 +1,193 @@
+"""Collectives with their adjoints: the only places where a tensor-parallel forward or backward talks to other ranks.
+
+It knows one axis of ranks and plain local tensors; it knows no modules and no DTensor.
+
+    forward            backward          where
+    copy_in            all-reduce        before a column-parallel matrix, without sp
+    reduce_out         identity          after a row-parallel matrix, without sp
+    gather_tokens      reduce-scatter    before a column-parallel matrix, with sp
+    scatter_tokens     all-gather        after a row-parallel matrix, with sp
+    gather_last        slice             logits made whole for a caller who wants them
+
+With sp a rank holds a run of *tokens*: B and S are flattened to T = B * S first, so that every collective works on
+dim 0 without a transposed copy and any batch with any sequence length can be cut. The last rank's run is padded with
+zero rows; gathering drops them.
+
+    T = 7, tp = 2:   rank 0 [t0 t1 t2 t3]   rank 1 [t4 t5 t6 --]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from fms_parallel import compat
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One line of ranks that talk to each other: a mesh dimension as seen from this rank."""
+
+    group: dist.ProcessGroup
+    size: int
+    rank: int
+    backend: str
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh) -> Axis:
+        """The axis of a one-dimensional mesh."""
+        group = mesh.get_group()
+        return cls(group, mesh.size(), mesh.get_local_rank(), dist.get_backend(group))
+
+    def chunk(self, length: int) -> tuple[int, int]:
+        """(start, stop) of this rank's chunk of `length`, as `torch.chunk` and DTensor's `Shard` cut it."""
+        step = -(-length // self.size)
+        return min(self.rank * step, length), min((self.rank + 1) * step, length)
+
+
+# ---- the plain collectives --------------------------------------------------------------------------------------
+
+
+def all_reduce(x: Tensor, axis: Axis) -> Tensor:
+    """Sum over the axis. Eager: in place, so `x` must be the caller's own; returns the sum either way."""
+    if axis.size == 1:
+        return x
+    if torch.compiler.is_compiling():
+        return compat.functional_all_reduce(x, axis.group)
+    x = x.contiguous()
+    dist.all_reduce(x, group=axis.group)
+    return x
+
+
+def all_gather(x: Tensor, axis: Axis) -> Tensor:
+    """`[n, ...]` on every rank -> `[size * n, ...]`, in rank order."""
+    if axis.size == 1:
+        return x
+    if torch.compiler.is_compiling():
+        return compat.functional_all_gather(x.contiguous(), axis.group)
+    out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
+    compat.all_gather_single(out, x.contiguous(), axis.group)
+    return out
+
+
+def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
+    """`[size * n, ...]` summed over the axis -> this rank's `[n, ...]`."""
+    if axis.size == 1:
+        return x
+    if torch.compiler.is_compiling():
+        return compat.functional_reduce_scatter(x.contiguous(), axis.group)
+    return _REDUCE_SCATTER.get(axis.backend, _reduce_scatter_native)(x.contiguous(), axis)
+
+
+def _reduce_scatter_native(x: Tensor, axis: Axis) -> Tensor:
+    out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
+    compat.reduce_scatter_single(out, x, axis.group)
+    return out
+
+
+def _reduce_scatter_by_exchange(x: Tensor, axis: Axis) -> Tensor:
+    """gloo's own reduce-scatter costs three times the CPU of exchanging the chunks and adding them here."""
+    received = torch.empty_like(x)
+    dist.all_to_all_single(received, x, group=axis.group)
+    return received.unflatten(0, (axis.size, -1)).sum(0)
+
+
+_REDUCE_SCATTER = {"gloo": _reduce_scatter_by_exchange}
+
+
+def _pad_tokens(x: Tensor, axis: Axis) -> Tensor:
+    """Append zero rows until dim 0 divides by the axis."""
+    missing = -x.shape[0] % axis.size
+    return x if missing == 0 else torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
+
+
+# ---- with adjoints ----------------------------------------------------------------------------------------------
+
+
+class _CopyIn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # The gradient may be shared with another branch of the graph: sum a copy of our own.
+        return all_reduce(grad.clone(), ctx.axis), None
+
+
+class _ReduceOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        # `x` is the fresh result of a matrix product that no backward formula reads: summing in place is safe.
+        return all_reduce(x.clone() if x._is_view() else x.detach(), axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, tokens: int) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, axis)[:tokens]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return reduce_scatter(_pad_tokens(grad, ctx.axis), ctx.axis), None, None
+
+
+class _ScatterTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.tokens = axis, x.shape[0]
+        return reduce_scatter(_pad_tokens(x, axis), axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_gather(grad, ctx.axis)[: ctx.tokens], None
+
+
+class _GatherLast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, length: int) -> Tensor:
+        ctx.axis, ctx.length = axis, length
+        step = -(-length // axis.size)
+        flat = torch.nn.functional.pad(x, (0, step - x.shape[-1])).movedim(-1, 0)
+        return all_gather(flat, axis)[:length].movedim(0, -1).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        start, stop = ctx.axis.chunk(ctx.length)
+        return grad[..., start:stop], None, None
+
+
+def copy_in(x: Tensor, axis: Axis) -> Tensor:
+    """Identity; the gradient is summed over the axis."""
+    return _CopyIn.apply(x, axis)
+
+
+def reduce_out(x: Tensor, axis: Axis) -> Tensor:
+    """Sum over the axis; the gradient passes unchanged. Consumes `x`."""
+    return _ReduceOut.apply(x, axis)
+
+
+def gather_tokens(x: Tensor, axis: Axis, tokens: int) -> Tensor:
+    """`[ceil(T/tp), ...]` runs of tokens -> all `[T, ...]`; the gradient is summed and cut again."""
+    return _GatherTokens.apply(x, axis, tokens)
+
+
+def scatter_tokens(x: Tensor, axis: Axis) -> Tensor:
+    """Partial sums `[T, ...]` -> this rank's summed run `[ceil(T/tp), ...]`; the gradient is gathered."""
+    return _ScatterTokens.apply(x, axis)
+
+
+def gather_last(x: Tensor, axis: Axis, length: int) -> Tensor:
+    """`[..., chunk of V]` -> `[..., V]` on every rank. Every rank is expected to compute the same from it."""
+    return _GatherLast.apply(x, axis, length)

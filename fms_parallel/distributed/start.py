@@ -1,0 +1,101 @@
+"""Start-up and shut-down of the process group, for jobs that torchrun started.
+
+It knows the launcher's protocol (RANK, WORLD_SIZE, ...) and the one safe order of leaving; it knows no layouts.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from fms_parallel.errors import ConfigError
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher says of this process. One process without a launcher is rank 0 of 1."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @classmethod
+    def read(cls, variables: Mapping[str, str] = os.environ) -> Launch:
+        """Read torchrun's variables; without them this is a job of one process."""
+        if "RANK" not in variables:
+            return cls()
+        rank, world = int(variables["RANK"]), int(variables["WORLD_SIZE"])
+        local = int(variables.get("LOCAL_RANK", rank))
+        return cls(rank, world, local, int(variables.get("LOCAL_WORLD_SIZE", world)))
+
+
+def pick_device(device_type: str, launch: Launch) -> torch.device:
+    """This rank's device, made current.
+
+    Raises:
+        ConfigError: no such device type here, or fewer GPUs than ranks on this node.
+    """
+    if device_type not in BACKENDS:
+        raise ConfigError(f"device type {device_type!r}: known are {', '.join(BACKENDS)}.")
+    if device_type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device type 'cuda': this torch build or machine has no CUDA device; use --device_type cpu.")
+    if launch.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {launch.local_rank} has no GPU: the node has {torch.cuda.device_count()}; "
+            f"start with --nproc_per_node={torch.cuda.device_count()}."
+        )
+    device = torch.device("cuda", launch.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def process_group(device_type: str = "cpu", timeout_seconds: float = 600.0) -> Iterator[Launch]:
+    """Run the body inside a process group of all ranks that the launcher started, and leave it in order.
+
+    A job of one process gets no group at all. Every collective of the job times out after `timeout_seconds`.
+    """
+    launch = Launch.read()
+    if launch.world_size == 1 or dist.is_initialized():
+        yield launch
+        return
+    dist.init_process_group(BACKENDS[device_type], timeout=timedelta(seconds=timeout_seconds))
+    try:
+        yield launch
+    except BaseException:
+        # The others may wait in a collective that this rank will never join: leave without a barrier.
+        abandon()
+        raise
+    leave()
+
+
+def leave() -> None:
+    """Leave the process group after success: everybody's work is done before anybody's sockets close.
+
+    Without the barrier about one gloo job in ten died on exit (`terminate called without an active exception`)
+    because one rank closed its connections while another still used them. Collecting garbage first drops meshes
+    and modules that hold subgroups.
+    """
+    if not dist.is_initialized():
+        return
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def abandon() -> None:
+    """Leave the process group after a failure: close the connections so that peers fail at once, not at a timeout."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,323 @@
+"""`ParallelLayout`: the one value that describes how a model is spread over ranks.
+
+It knows words, degrees and rules; it knows nothing of torch, process groups or modules, so that a person's command
+line, the planner's answer and a checkpoint's memory are checked by the same few lines before anything starts.
+
+    "pp=2,fsdp=2,tp=2,sp"  ->  mesh (pp, dp, fsdp, cp, tp) = (2, 1, 2, 1, 2), outermost first
+
+    rank 0..7 as a grid:      fsdp 0        fsdp 1
+                       pp 0   tp [0 1]      tp [2 3]
+                       pp 1   tp [4 5]      tp [6 7]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from math import prod
+from typing import Any
+
+from fms_parallel.errors import LayoutError, unknown
+from fms_parallel.shape import ModelShape
+
+AXES = ("pp", "dp", "fsdp", "cp", "tp")
+"""Mesh dimensions, outermost first: neighbours on the innermost axis talk most."""
+
+REST = 0
+"""A degree still open: the ranks that the other axes leave. `resolve` replaces it."""
+
+SCHEDULES = ("gpipe", "1f1b", "interleaved1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev")
+CP_METHODS = ("ring", "allgather", "ulysses")
+PRECISIONS = ("fp32", "bf16", "fp64")
+OFFLOADS = ("none", "params", "optimizer_state", "optimizer_step")
+RECOMPUTE = ("none", "full", "selective")  # and every=N
+
+ALIASES = {"ddp": "dp"}
+NOT_YET = {"ep": "expert parallelism is a designed seam (see ARCHITECTURE.md); shard experts over tp instead"}
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """How a model is spread over ranks. Frozen, hashable; `str()` and `to_json()` round-trip.
+
+    Attributes:
+        pp: pipeline stages. dp: replicas. fsdp: shards of every parameter. cp: shards of the sequence in attention.
+        tp: shards of every matrix. Each is a degree >= 1, or `REST` until `resolve` is called.
+        sp: with tp, norms, residuals and dropout hold 1/tp of the tokens.
+        loss_parallel: with tp, logits stay sharded over the vocabulary up to the loss.
+        schedule: pipeline schedule. microbatches: pieces that a step's batch is cut into (pipeline only).
+        virtual_stages: stages per rank for the schedules that interleave. stage_split: blocks of each stage.
+        cp_method: how context parallelism moves keys and values.
+        recompute: `none`, `full`, `selective`, or `every=N` (each N-th block is recomputed in the backward pass).
+        precision: what matrices are multiplied in; parameters and optimizer keep fp32 under bf16.
+        offload: what lives on the host between uses.
+    """
+
+    pp: int = 1
+    dp: int = 1
+    fsdp: int = 1
+    cp: int = 1
+    tp: int = 1
+    sp: bool = False
+    loss_parallel: bool = True
+    schedule: str = "1f1b"
+    microbatches: int = 1
+    virtual_stages: int = 1
+    stage_split: tuple[int, ...] | None = None
+    cp_method: str = "ring"
+    recompute: str = "none"
+    precision: str = "fp32"
+    offload: str = "none"
+    hsdp: bool = False
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            degree = getattr(self, axis)
+            if isinstance(degree, bool) or not isinstance(degree, int) or degree < 0:
+                raise LayoutError(f"{axis}={degree!r}: a degree is a whole number >= 1.")
+        if sum(getattr(self, axis) == REST for axis in AXES) > 1:
+            raise LayoutError(f"{self}: only one axis may take the ranks that the others leave; give the others a number.")
+        for name in ("microbatches", "virtual_stages"):
+            if getattr(self, name) < 1:
+                raise LayoutError(f"{name}={getattr(self, name)}: must be >= 1.")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise LayoutError(unknown(name, str(getattr(self, name)), known))
+        self.recompute_interval  # noqa: B018 - parses the word, so that a bad one is refused here
+        self._check_words_that_need_an_axis()
+
+    def _check_words_that_need_an_axis(self) -> None:
+        """A word that would have no effect is refused, not ignored."""
+        if self.sp and self.tp == 1:
+            raise LayoutError("sp with tp=1: sequence parallelism shards tokens over tp; write tp=N,sp with N >= 2.")
+        if self.stage_split is not None and self.pp != REST:
+            stages = self.pp * self.virtual_stages
+            if len(self.stage_split) != stages or min(self.stage_split) < 1:
+                raise LayoutError(
+                    f"stage_split={','.join(map(str, self.stage_split))}: pp={self.pp} with virtual_stages="
+                    f"{self.virtual_stages} needs {stages} numbers, each >= 1."
+                )
+        if self.pp == 1:
+            for name in ("schedule", "microbatches", "virtual_stages"):
+                if getattr(self, name) != _DEFAULTS[name]:
+                    raise LayoutError(f"{name}={getattr(self, name)} with pp=1: it belongs to a pipeline; add pp=N or drop it.")
+        if self.cp == 1 and self.cp_method != "ring":
+            raise LayoutError(f"cp_method={self.cp_method} with cp=1: add cp=N or drop it.")
+
+    # ---- what others ask it -------------------------------------------------------------------------------------
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """Degrees in mesh order (pp, dp, fsdp, cp, tp)."""
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that the layout needs. Raises LayoutError while an axis is still open."""
+        if REST in self.degrees:
+            raise LayoutError(f"{self}: one axis still takes the rest of the ranks; call resolve(world_size) first.")
+        return prod(self.degrees)
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks that read different rows of a batch: dp * fsdp."""
+        return self.dp * self.fsdp
+
+    @property
+    def recompute_interval(self) -> int:
+        """0: recompute nothing; 1: every block; N: each N-th block. `selective` counts as 1."""
+        if self.recompute in RECOMPUTE:
+            return 0 if self.recompute == "none" else 1
+        word, _, number = self.recompute.partition("=")
+        if word == "every" and number.isdigit() and int(number) >= 1:
+            return int(number)
+        raise LayoutError(unknown("recompute policy", self.recompute, (*RECOMPUTE, "every=N")))
+
+    # ---- from and to text ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def parse(cls, text: str | ParallelLayout | None) -> ParallelLayout:
+        """Read `"pp=2,fsdp=2,tp=2,sp"`. A bare axis (`"tp"`, `"fsdp,tp=2"`) takes the ranks that the others leave.
+
+        Raises:
+            LayoutError: an unknown word (the message lists the known ones), a word given twice, a bad number.
+        """
+        if isinstance(text, ParallelLayout):
+            return text
+        values: dict[str, Any] = {}
+        for word, value in _split_words(text or ""):
+            name = ALIASES.get(word, word)
+            if name in NOT_YET:
+                raise LayoutError(f"{word}: {NOT_YET[name]}.")
+            if name == "hsdp" and value is not None:
+                raise LayoutError(f"hsdp={value}: write dp=REPLICAS,fsdp=SHARDS, or bare hsdp for nodes x ranks per node.")
+            if name not in _READERS:
+                raise LayoutError(unknown("layout word", word, [*_READERS, *ALIASES]))
+            if name in values:
+                raise LayoutError(f"{text!r}: {name} is given twice.")
+            values[name] = _READERS[name](name, value)
+        if values.get("hsdp") and {"dp", "fsdp"} & values.keys():
+            raise LayoutError(f"{text!r}: hsdp already sets dp and fsdp; drop it or drop them.")
+        return cls(**values)
+
+    def __str__(self) -> str:
+        """The shortest text that parses back to this layout; `""` is one process."""
+        return ",".join(_word(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default)
+
+    def to_json(self) -> str:
+        """One JSON object with every field."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | Mapping[str, Any]) -> ParallelLayout:
+        """The layout that `to_json` wrote. Unknown keys are errors."""
+        values = dict(json.loads(text) if isinstance(text, str) else text)
+        for key in values:
+            if key not in _DEFAULTS:
+                raise LayoutError(unknown("layout field", key, _DEFAULTS))
+        if values.get("stage_split") is not None:
+            values["stage_split"] = tuple(values["stage_split"])
+        return cls(**values)
+
+    # ---- against a world and a model ----------------------------------------------------------------------------
+
+    def resolve(self, world_size: int, ranks_per_node: int | None = None) -> ParallelLayout:
+        """The same layout with every degree known, checked against the number of ranks.
+
+        Args:
+            world_size: ranks in the job.
+            ranks_per_node: for bare `hsdp`: shards stay inside a node, replicas go across. On a single node (or when
+                unknown) two replicas are made when the ranks can be halved.
+        Raises:
+            LayoutError: the degrees do not multiply to `world_size`.
+        """
+        if self.hsdp:
+            return replace(self, **self._hsdp_degrees(world_size, ranks_per_node), hsdp=False).resolve(world_size)
+        if REST not in self.degrees:
+            if self.world_size != world_size:
+                raise LayoutError(
+                    f"layout {str(self) or 'None'!r} needs {self.world_size} ranks ({_product(self)}) but the job has "
+                    f"{world_size}: start it with --nproc_per_node={self.world_size}, or change a degree."
+                )
+            return self
+        taken = prod(degree for degree in self.degrees if degree != REST)
+        axis = AXES[self.degrees.index(REST)]
+        if world_size % taken:
+            raise LayoutError(f"{self}: {axis} takes the rest, but {world_size} ranks do not divide by {taken}.")
+        rest = world_size // taken
+        # "tp,sp" on one rank is one process: sp means nothing there and was not asked for by number.
+        sp = self.sp and not (axis == "tp" and rest == 1)
+        return replace(self, **{axis: rest}, sp=sp)
+
+    def _hsdp_degrees(self, world_size: int, ranks_per_node: int | None) -> dict[str, int]:
+        others = self.pp * self.cp * self.tp
+        if REST in self.degrees or world_size % others:
+            raise LayoutError(f"{self}: hsdp takes the rest of {world_size} ranks, which must divide by {others}.")
+        data = world_size // others
+        per_node = (ranks_per_node or world_size) // others
+        if 1 <= per_node < data and data % per_node == 0:
+            return {"dp": data // per_node, "fsdp": per_node}
+        return {"dp": 2, "fsdp": data // 2} if data % 2 == 0 else {"dp": 1, "fsdp": data}
+
+    def validate(self, shape: ModelShape) -> None:
+        """Check that a model of this shape can be cut this way.
+
+        Raises:
+            LayoutError: naming the number, the rule and the nearest degree that works.
+        """
+        if shape.heads % self.tp:
+            raise LayoutError(
+                f"tp={self.tp} does not divide {shape.heads} heads: each rank holds whole heads. "
+                f"Use tp in {_divisors(shape.heads)}."
+            )
+        if shape.kv_heads % self.tp and self.tp % shape.kv_heads:
+            raise LayoutError(
+                f"tp={self.tp} with {shape.kv_heads} kv heads: one must divide the other (kv heads are split, or copied). "
+                f"Use tp in {_kv_degrees(shape)}."
+            )
+        stages = self.pp * self.virtual_stages
+        if stages > shape.layers:
+            raise LayoutError(f"{stages} pipeline stages for {shape.layers} blocks: use at most {shape.layers}.")
+        if self.stage_split is not None and sum(self.stage_split) != shape.layers:
+            raise LayoutError(f"stage_split adds up to {sum(self.stage_split)} blocks but the model has {shape.layers}.")
+
+
+# ---- helpers of this page ---------------------------------------------------------------------------------------
+
+_DEFAULTS = {f.name: f.default for f in fields(ParallelLayout)}
+_CHOICES = {"schedule": SCHEDULES, "cp_method": CP_METHODS, "precision": PRECISIONS, "offload": OFFLOADS}
+
+
+def _split_words(text: str) -> list[tuple[str, str | None]]:
+    """`"a=1,b"` -> [("a", "1"), ("b", None)]; a number alone continues the list before it (`stage_split=7,9,9,7`)."""
+    words: list[tuple[str, str | None]] = []
+    for part in (piece.strip() for piece in text.split(",")):
+        if not part:
+            if text.strip():
+                raise LayoutError(f"{text!r}: an empty word between commas.")
+            continue
+        name, equals, value = part.partition("=")
+        if not equals and part.isdigit() and words and words[-1][0] == "stage_split":
+            words[-1] = ("stage_split", f"{words[-1][1]},{part}")
+        else:
+            words.append((name.strip(), value.strip() if equals else None))
+    return words
+
+
+def _read_degree(name: str, value: str | None) -> int:
+    return REST if value is None else _read_number(name, value)
+
+
+def _read_number(name: str, value: str | None) -> int:
+    if value is None or not value.isdigit() or int(value) < 1:
+        raise LayoutError(f"{name}={value or ''}: needs a whole number >= 1, as in {name}=2.")
+    return int(value)
+
+
+def _read_flag(name: str, value: str | None) -> bool:
+    flags = {None: True, "true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
+    if value not in flags:
+        raise LayoutError(f"{name}={value}: is on or off; write {name} or {name}=off.")
+    return flags[value]
+
+
+def _read_choice(name: str, value: str | None) -> str:
+    if not value:
+        raise LayoutError(f"{name} needs a value: one of {', '.join(_CHOICES.get(name, (*RECOMPUTE, 'every=N')))}.")
+    return value
+
+
+def _read_split(name: str, value: str | None) -> tuple[int, ...]:
+    return tuple(_read_number(name, piece) for piece in (value or "").split(","))
+
+
+_READERS: dict[str, Callable[[str, str | None], Any]] = {
+    **{axis: _read_degree for axis in AXES},
+    **{name: _read_flag for name in ("sp", "loss_parallel", "hsdp")},
+    **{name: _read_number for name in ("microbatches", "virtual_stages")},
+    **{name: _read_choice for name in ("schedule", "cp_method", "recompute", "precision", "offload")},
+    "stage_split": _read_split,
+}
+
+
+def _word(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return name if value else f"{name}=off"
+    if name in AXES and value == REST:
+        return name
+    if isinstance(value, tuple):
+        return f"{name}={','.join(map(str, value))}"
+    return f"{name}={value}"
+
+
+def _product(layout: ParallelLayout) -> str:
+    return " * ".join(f"{axis}={degree}" for axis, degree in zip(AXES, layout.degrees, strict=True) if degree > 1) or "one process"
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _kv_degrees(shape: ModelShape) -> list[int]:
+    return [d for d in _divisors(shape.heads) if shape.kv_heads % d == 0 or d % shape.kv_heads == 0]

@@ -1,0 +1,249 @@
+"""Attention with any number of kv heads (MHA, GQA, MQA), and its tensor-parallel twin.
+
+    H = 8 query heads, K = 2 kv heads, tp = 4: each kv head is copied to the tp / K = 2 ranks whose queries read it
+
+    rank      0        1        2        3
+    query    0 1      2 3      4 5      6 7
+    key       0        0        1        1       gradients of a copied head are summed over its ranks
+
+The score computation is torch's scaled_dot_product_attention on plain tensors; this file knows no cache layout and
+no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate, Shard
+
+from fms_parallel.errors import ConfigError, LayoutError
+from fms_parallel.modules.initial import Fill, Init, Normal
+from fms_parallel.modules.linear import Bias, shared_linear
+from fms_parallel.modules.norm import rms_norm
+from fms_parallel.modules.positions import rotate
+from fms_parallel.modules.sequences import Sequences
+from fms_parallel.modules.tp import TPModule
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes and switches of one attention.
+
+    Attributes:
+        width: E. heads: H. kv_heads: K. head_width: D.
+        qkv_bias, out_bias: biases of the input and the output matrices.
+        fused: store query, key and value as one parameter `[K, H/K + 2, D, E]`, grouped by kv head.
+        qk_norm_eps: RMSNorm over D on queries and keys when not None.
+        scale: of the scores; None is 1 / sqrt(D).
+        std, out_std: of the initial weights.
+    """
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    qkv_bias: bool = False
+    out_bias: bool = False
+    fused: bool = False
+    qk_norm_eps: float | None = None
+    scale: float | None = None
+    std: float = 0.02
+    out_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"{self.heads} heads do not divide by {self.kv_heads} kv heads.")
+
+    @property
+    def group(self) -> int:
+        """Query heads that read one kv head: H / K."""
+        return self.heads // self.kv_heads
+
+
+class Matrices(NamedTuple):
+    """What `project` multiplies by: rows in the order query, key, value."""
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Bias, ...]
+
+
+class Attention(nn.Module):
+    """softmax(q k^T * scale) v between two linear maps (arXiv 1706.03762; GQA: arXiv 2305.13245)."""
+
+    def __init__(self, shape: AttentionShape, layer: int = 0) -> None:
+        super().__init__()
+        self.shape, self.layer = shape, layer
+        q, kv = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+        if shape.fused:
+            self.qkv = FusedQKV(shape)
+        else:
+            self.query = nn.Linear(shape.width, q, bias=shape.qkv_bias)
+            self.key = nn.Linear(shape.width, kv, bias=shape.qkv_bias)
+            self.value = nn.Linear(shape.width, kv, bias=shape.qkv_bias)
+        if shape.qk_norm_eps is not None:
+            self.query_norm = nn.Parameter(torch.empty(shape.head_width))
+            self.key_norm = nn.Parameter(torch.empty(shape.head_width))
+        self.out = nn.Linear(q, shape.width, bias=shape.out_bias)
+
+    def initial(self) -> dict[str, Init]:
+        """How the parameters below start."""
+        normal, zero = Normal(self.shape.std), Fill(0.0)
+        names = ("qkv",) if self.shape.fused else ("query", "key", "value")
+        weights = {f"{name}.weight": normal for name in names} | {"out.weight": Normal(self.shape.out_std)}
+        biases = {f"{name}.bias": zero for name in (*names, "out")}
+        return {**weights, **biases, "query_norm": Fill(1.0), "key_norm": Fill(1.0)}
+
+    def forward(self, x: Tensor, seq: Sequences) -> Tensor:
+        """`[B, S, E]` -> `[B, S, E]`."""
+        weight = self.out.weight.to(x.dtype)
+        bias = None if self.out.bias is None else self.out.bias.to(x.dtype)
+        return F.linear(self.attend(x, seq), weight, bias)
+
+    def attend(self, x: Tensor, seq: Sequences) -> Tensor:
+        """`[..., E]` -> the heads' outputs side by side, `[B, S, (this rank's heads) * D]`."""
+        q, k, v = self.project(x, seq)
+        if self.shape.qk_norm_eps is not None:
+            q = rms_norm(q, self.head_parameter(self.query_norm, q), self.shape.qk_norm_eps)
+            k = rms_norm(k, self.head_parameter(self.key_norm, k), self.shape.qk_norm_eps)
+        if seq.rope is not None:
+            q, k = rotate(q, *seq.rope), rotate(k, *seq.rope)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if seq.cache is not None:
+            k, v = seq.cache.append(self.layer, k, v)
+        out = scores(q.transpose(1, 2), k, v, seq.mask, self.shape.scale)
+        return out.transpose(1, 2).flatten(2)
+
+    def project(self, x: Tensor, seq: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+        """`[..., E]` -> q `[B, S, h, D]`, k and v `[B, S, k, D]` for the h query and k kv heads held here."""
+        matrices = self.matrices(x)
+        split = self.split_fused if self.shape.fused else self.split_apart
+        return split(shared_linear(x, *matrices), seq)
+
+    def split_apart(self, projected: tuple[Tensor, ...], seq: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+        """Three results -> heads."""
+        q, k, v = (y.view(seq.batch, seq.length, -1, self.shape.head_width) for y in projected)
+        return q, k, v
+
+    def split_fused(self, projected: tuple[Tensor, ...], seq: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+        """One result, grouped by kv head -> heads."""
+        group = self.group_held()
+        grouped = projected[0].view(seq.batch, seq.length, -1, group + 2, self.shape.head_width)
+        return grouped[..., :group, :].flatten(2, 3), grouped[..., group, :], grouped[..., group + 1, :]
+
+    def group_held(self) -> int:
+        """Query heads held here per kv head held here."""
+        return self.shape.group
+
+    def matrices(self, like: Tensor) -> Matrices:
+        """The matrices as plain tensors in the dtype of `like`."""
+        linears = (self.qkv,) if self.shape.fused else (self.query, self.key, self.value)
+        flat = [(m.flat() if isinstance(m, FusedQKV) else (m.weight, m.bias)) for m in linears]
+        return Matrices(
+            tuple(w.to(like.dtype) for w, _ in flat),
+            tuple(None if b is None else b.to(like.dtype) for _, b in flat),
+        )
+
+    def head_parameter(self, parameter: Tensor, like: Tensor) -> Tensor:
+        """A parameter that every head uses."""
+        return parameter.to(like.dtype)
+
+
+class FusedQKV(nn.Module):
+    """Query, key and value in one parameter, grouped so that cutting dim 0 cuts whole groups.
+
+        group g: [ q_0 .. q_{H/K-1} | k | v ], each D rows of width E
+    """
+
+    def __init__(self, shape: AttentionShape) -> None:
+        super().__init__()
+        grouped = (shape.kv_heads, shape.group + 2, shape.head_width)
+        self.weight = nn.Parameter(torch.empty(*grouped, shape.width))
+        self.bias = nn.Parameter(torch.empty(*grouped)) if shape.qkv_bias else None
+
+    def flat(self) -> tuple[Tensor, Bias]:
+        """As one matrix `[(H + 2K) * D, E]` and its bias."""
+        return self.weight.flatten(0, 2), None if self.bias is None else self.bias.flatten()
+
+
+class TPAttention(TPModule, Attention):
+    """Each rank holds H/tp query heads and the kv heads they read; the output matrix is cut along its input.
+
+    When K < tp, key and value parameters are stored whole on every rank and each uses the one head it needs; the
+    gradient, a partial sum, is added over the axis.
+    """
+
+    def placements(self) -> dict[str, Placement]:
+        kv: Placement = Replicate() if self.kv_copied else Shard(0)
+        names: dict[str, Placement] = {"query": Shard(0), "key": kv, "value": kv, "qkv": kv}
+        cut = {f"{name}.{kind}": placement for name, placement in names.items() for kind in ("weight", "bias")}
+        # A row-parallel bias is added once, after the sum, so every rank holds it.
+        return cut | {"out.weight": Shard(1), "out.bias": Replicate(), "query_norm": Replicate(), "key_norm": Replicate()}
+
+    @property
+    def kv_copied(self) -> bool:
+        """Whether there are fewer kv heads than ranks."""
+        return self.shape.kv_heads < self.axis.size
+
+    def adopted(self) -> None:
+        heads, kv, tp = self.shape.heads, self.shape.kv_heads, self.axis.size
+        if heads % tp or (kv % tp and tp % kv):
+            raise LayoutError(f"tp={tp} cannot cut {heads} heads with {kv} kv heads: tp must divide the heads, and kv heads and tp one another.")
+
+    def forward(self, x: Tensor, seq: Sequences) -> Tensor:
+        """`[B, S, E]`, or `[T/tp, E]` with sp, in the same form back."""
+        heads = self.attend(self.enter(x, seq.tokens), seq)
+        return self.leave(F.linear(heads, self.shard(self.out.weight, heads)), self.out.bias)
+
+    def matrices(self, like: Tensor) -> Matrices:
+        if self.shape.fused:
+            return self._fused_matrices(like)
+        kv = self._copied_head if self.kv_copied else self.shard
+        linears = ((self.query, self.shard), (self.key, kv), (self.value, kv))
+        return Matrices(
+            tuple(take(m.weight, like) for m, take in linears),
+            tuple(None if m.bias is None else take(m.bias, like) for m, take in linears),
+        )
+
+    def _copied_head(self, parameter: Tensor, like: Tensor) -> Tensor:
+        """The rows of the one kv head that this rank's queries read."""
+        head = self.axis.rank * self.shape.kv_heads // self.axis.size
+        rows = self.shape.head_width
+        return self.summed(parameter, like)[head * rows : (head + 1) * rows]
+
+    def _fused_matrices(self, like: Tensor) -> Matrices:
+        take = self._group_piece if self.kv_copied else self.shard
+        weight, bias = take(self.qkv.weight, like), None
+        if self.qkv.bias is not None:
+            bias = take(self.qkv.bias, like).flatten()
+        return Matrices((weight.flatten(0, 2),), (bias,))
+
+    def _group_piece(self, parameter: Tensor, like: Tensor) -> Tensor:
+        """This rank's query heads of its group, with the group's key and value: `[1, H/tp + 2, D, ...]`."""
+        whole, held = self.summed(parameter, like), self.group_held()
+        group, place = divmod(self.axis.rank, self.axis.size // self.shape.kv_heads)
+        return torch.cat([whole[group, place * held : (place + 1) * held], whole[group, -2:]]).unsqueeze(0)
+
+    def group_held(self) -> int:
+        return self.shape.heads // self.axis.size if self.kv_copied else self.shape.group
+
+    def head_parameter(self, parameter: Tensor, like: Tensor) -> Tensor:
+        return self.summed(parameter, like)
+
+
+def scores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Attention of `q [B, h, S, D]` over `k, v [B, k, T, D]`; causal, aligned to the last key, when `mask` is None.
+
+    The S queries are the last S of the T positions: torch's own `is_causal` aligns to the first, which is wrong for
+    every multi-token step with a cache.
+    """
+    s, t = q.shape[-2], k.shape[-2]
+    if mask is None and 1 < s < t:
+        mask = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None and s > 1, scale=scale, enable_gqa=grouped
+    )

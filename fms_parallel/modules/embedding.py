@@ -1,0 +1,117 @@
+"""Token embedding and language-model head, and their twins that cut the vocabulary.
+
+    V = 7, tp = 2:   rank 0 holds rows 0..3, rank 1 rows 4..6; a look-up elsewhere gives zero, the sum over ranks the row
+
+Every row is trained: no padding index is singled out (a padding id of -1 would silently freeze the last row).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Shard
+
+from fms_parallel.distributed.collectives import gather_last
+from fms_parallel.modules.initial import Init, Normal
+from fms_parallel.modules.loss import VocabularyShard, linear_cross_entropy
+from fms_parallel.modules.sequences import Sequences
+from fms_parallel.modules.tp import TPModule
+
+
+class Embedding(nn.Module):
+    """A row of `weight [V, E]` per token id.
+
+    Attributes:
+        compute_dtype: dtype of what comes out, and so of all activations; None is the weight's own.
+    """
+
+    def __init__(self, vocab: int, width: int, std: float = 0.02) -> None:
+        super().__init__()
+        self.vocab, self.std = vocab, std
+        self.compute_dtype: torch.dtype | None = None
+        self.weight = nn.Parameter(torch.empty(vocab, width))
+
+    def initial(self) -> dict[str, Init]:
+        """How own parameters start."""
+        return {"weight": Normal(self.std)}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """`[B, S]` -> `[B, S, E]`."""
+        return F.embedding(ids, self.weight).to(self.compute_dtype or self.weight.dtype)
+
+
+class TPEmbedding(TPModule, Embedding):
+    """Each rank holds a run of the vocabulary."""
+
+    def placements(self) -> dict[str, Placement]:
+        return {"weight": Shard(0)}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """`[B, S]` -> `[B, S, E]`, or `[T/tp, E]` with sp."""
+        start, stop = self.axis.chunk(self.vocab)
+        weight = self.shard(self.weight, self.weight)
+        if start == stop:  # more ranks than rows: this one adds nothing, but its (empty) weight stays in the graph
+            partial = weight.new_zeros(*ids.shape, weight.shape[-1]) + weight.sum()
+        else:
+            here = (ids >= start) & (ids < stop)
+            rows = F.embedding((ids - start).where(here, 0), weight)
+            partial = rows * here.unsqueeze(-1).to(rows.dtype)
+        return self.leave(partial.to(self.compute_dtype or partial.dtype))
+
+
+class Head(nn.Module):
+    """Logits of the next token, or their cross-entropy. `weight [V, E]` may be the embedding's own parameter."""
+
+    def __init__(self, vocab: int, width: int, std: float = 0.02) -> None:
+        super().__init__()
+        self.vocab, self.std = vocab, std
+        self.weight = nn.Parameter(torch.empty(vocab, width))
+
+    def initial(self) -> dict[str, Init]:
+        """How own parameters start."""
+        return {"weight": Normal(self.std)}
+
+    def forward(self, x: Tensor, seq: Sequences, labels: Tensor | None = None, last: int | None = None) -> Tensor:
+        """Logits or loss of `x [B, S, E]`.
+
+        Args:
+            labels: `[B, S]`, the token wanted at each position, -100 for none.
+            last: only the last so many positions.
+        Returns:
+            without labels the logits `[B, S or last, V]`; with labels the summed cross-entropy, a scalar.
+        """
+        return self.logits(x, seq, last) if labels is None else self.loss(x, labels, seq)
+
+    def logits(self, x: Tensor, seq: Sequences, last: int | None = None) -> Tensor:
+        """`[B, S, E]` -> `[B, S, V]`."""
+        return F.linear(x if last is None else x[:, -last:], self.weight.to(x.dtype))
+
+    def loss(self, x: Tensor, labels: Tensor, seq: Sequences) -> Tensor:
+        """Summed cross-entropy."""
+        whole = VocabularyShard(None, 0)
+        return linear_cross_entropy(x.flatten(0, -2), self.weight.to(x.dtype), labels.flatten(), whole)
+
+
+class TPHead(TPModule, Head):
+    """Each rank holds a run of the vocabulary; logits stay cut up to the loss unless `loss_parallel` is off."""
+
+    loss_parallel = True
+
+    def placements(self) -> dict[str, Placement]:
+        return {"weight": Shard(0)}
+
+    def logits(self, x: Tensor, seq: Sequences, last: int | None = None) -> Tensor:
+        """The same logits on every rank: `[B, S, V]`."""
+        x = self.enter(x, seq.tokens).view(seq.batch, seq.length, -1)
+        x = x if last is None else x[:, -last:]
+        return gather_last(F.linear(x, self.shard(self.weight, x)), self.axis, self.vocab)
+
+    def loss(self, x: Tensor, labels: Tensor, seq: Sequences) -> Tensor:
+        if not self.loss_parallel:
+            logits = self.logits(x, seq).flatten(0, -2)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            return F.cross_entropy(logits.to(wide), labels.flatten(), reduction="sum")
+        x = self.enter(x, seq.tokens).flatten(0, -2)
+        shard = VocabularyShard(self.axis, self.axis.chunk(self.vocab)[0])
+        return linear_cross_entropy(x, self.shard(self.weight, x), labels.flatten(), shard)

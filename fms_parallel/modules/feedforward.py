@@ -1,0 +1,150 @@
+"""Feed-forward blocks, plain and gated, and their tensor-parallel twins.
+
+    plain   down(act(up(x)))              gated   down(act(gate(x)) * up(x))   (GLU variants: arXiv 2002.05202)
+
+The twin cuts F: gate and up along their output, down along its input. F need not divide by tp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate, Shard
+
+from fms_parallel.errors import ConfigError, unknown
+from fms_parallel.modules.initial import Fill, Init, Normal
+from fms_parallel.modules.linear import Bias, shared_linear
+from fms_parallel.modules.tp import TPModule
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class FeedForward(nn.Module):
+    """Two or three matrices around an activation.
+
+    Args:
+        width: E. hidden: F. activation: one of `ACTIVATIONS`. gated: with a gate matrix.
+        bias: on every matrix. fused: gate and up stored as one parameter `[2, F, E]`.
+        std, out_std: of the initial weights.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: str = "silu",
+        *,
+        gated: bool = True,
+        bias: bool = False,
+        fused: bool = False,
+        std: float = 0.02,
+        out_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ConfigError(unknown("activation", activation, ACTIVATIONS))
+        if fused and not gated:
+            raise ConfigError("fused feed-forward weights need a gate: there is only one input matrix without it.")
+        self.hidden, self.activation, self.gated, self.fused = hidden, activation, gated, fused
+        self.std, self.out_std = std, out_std
+        if fused:
+            self.gate_up = FusedGateUp(width, hidden, bias)
+        else:
+            if gated:
+                self.gate = nn.Linear(width, hidden, bias=bias)
+            self.up = nn.Linear(width, hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the matrices that read x."""
+        return ("gate_up",) if self.fused else ("gate", "up") if self.gated else ("up",)
+
+    def initial(self) -> dict[str, Init]:
+        """How the parameters below start."""
+        weights: dict[str, Init] = {f"{name}.weight": Normal(self.std) for name in self.inputs}
+        biases: dict[str, Init] = {f"{name}.bias": Fill(0.0) for name in (*self.inputs, "down")}
+        return weights | biases | {"down.weight": Normal(self.out_std)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., E]` -> `[..., E]`."""
+        bias = None if self.down.bias is None else self.down.bias.to(x.dtype)
+        return F.linear(self.hidden_states(x), self.down.weight.to(x.dtype), bias)
+
+    def hidden_states(self, x: Tensor) -> Tensor:
+        """`[..., E]` -> what the down matrix reads, `[..., (this rank's part of) F]`."""
+        linears = [getattr(self, name) for name in self.inputs]
+        weights = [self.parameter(m.weight, x).flatten(0, -2) for m in linears]
+        biases: list[Bias] = [None if m.bias is None else self.parameter(m.bias, x).flatten() for m in linears]
+        projected = shared_linear(x, weights, biases)
+        if self.fused:
+            projected = projected[0].chunk(2, dim=-1)
+        if not self.gated:
+            return ACTIVATIONS[self.activation](projected[0])
+        return gate(*projected, self.activation)
+
+    def parameter(self, parameter: Tensor, like: Tensor) -> Tensor:
+        """An input matrix or its bias, in the dtype of `like`."""
+        return parameter.to(like.dtype)
+
+
+class FusedGateUp(nn.Module):
+    """Gate and up in one parameter `[2, F, E]`: cutting dim 1 cuts both alike."""
+
+    def __init__(self, width: int, hidden: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2, hidden, width))
+        self.bias = nn.Parameter(torch.empty(2, hidden)) if bias else None
+
+
+class TPFeedForward(TPModule, FeedForward):
+    """Each rank holds F/tp of the hidden features."""
+
+    def placements(self) -> dict[str, Placement]:
+        cut = Shard(1) if self.fused else Shard(0)
+        inputs: dict[str, Placement] = {f"{name}.{kind}": cut for name in self.inputs for kind in ("weight", "bias")}
+        return inputs | {"down.weight": Shard(1), "down.bias": Replicate()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, S, E]`, or `[T/tp, E]` with sp, in the same form back."""
+        hidden = self.hidden_states(self.enter(x))
+        return self.leave(F.linear(hidden, self.shard(self.down.weight, hidden)), self.down.bias)
+
+    def parameter(self, parameter: Tensor, like: Tensor) -> Tensor:
+        return self.shard(parameter, like)
+
+
+# ---- the gate ---------------------------------------------------------------------------------------------------
+
+
+class _SiluGate(torch.autograd.Function):
+    """silu(g) * u that keeps g and u only: autograd of the formula also keeps silu(g), F more numbers a token."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, u: Tensor) -> Tensor:
+        ctx.save_for_backward(g, u)
+        return F.silu(g).mul_(u)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        g, u = ctx.saved_tensors
+        d_g = torch.ops.aten.silu_backward(grad * u, g)
+        return d_g, F.silu(g).mul_(grad)
+
+
+def gate(g: Tensor, u: Tensor, activation: str) -> Tensor:
+    """act(g) * u."""
+    if ACTIVATIONS[activation] is F.silu and not torch.compiler.is_compiling():
+        return _SiluGate.apply(g, u)
+    return ACTIVATIONS[activation](g) * u

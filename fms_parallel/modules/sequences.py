@@ -1,0 +1,58 @@
+"""`Sequences`: what a block must know about the tokens whose activations it is given.
+
+Activations may be `[B, S, E]` or, under sequence parallelism, a run of tokens `[T/tp, E]`; this value carries what
+that form no longer says, and what is the same for every block of one forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+class KVStore(Protocol):
+    """Where attention keeps keys and values between calls (the inference room has them)."""
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store `[B, K, S, D]` behind what `layer` already holds; return all of it, `[B, K, T, D]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class DropoutKey:
+    """Names the random bits of one forward, the same in every layout.
+
+    Attributes:
+        seed: differs for every step (and every use).
+        first_token: index of the first token of this micro-batch within the step's global batch.
+    """
+
+    seed: int
+    first_token: int = 0
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """B sequences of S tokens in flight.
+
+    Attributes:
+        batch: B. length: S.
+        rope: (cos, sin), each `[S, R/2]` or `[B, S, R/2]` for R rotated features, or None.
+        mask: bool `[B or 1, 1, S, T]`, True where a query may attend; None means causal.
+        cache: keys and values of earlier calls, or None.
+        dropout: the key of this forward's random bits, or None when nothing is dropped.
+    """
+
+    batch: int
+    length: int
+    rope: tuple[Tensor, Tensor] | None = None
+    mask: Tensor | None = None
+    cache: KVStore | None = None
+    dropout: DropoutKey | None = None
+
+    @property
+    def tokens(self) -> int:
+        """T = B * S."""
+        return self.batch * self.length

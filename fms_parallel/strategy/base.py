@@ -1,0 +1,47 @@
+"""`Strategy`: what turns a module into a distributed module, and `Parallel`: what a distributed module remembers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from fms_parallel.layout import ParallelLayout
+
+
+class Strategy(ABC):
+    """One way of spreading a module over the ranks of a mesh. `compose` applies several in the one right order."""
+
+    @abstractmethod
+    def distribute(self, model: nn.Module) -> nn.Module:
+        """Spread `model`, in place where possible; parameters may still be on the meta device."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How a model is spread: kept as `model.parallel`, read by trainer, generation and checkpoints."""
+
+    layout: ParallelLayout
+    mesh: DeviceMesh | None
+
+
+def parallel_of(model: nn.Module) -> Parallel:
+    """How `model` is spread; one process when nobody spread it."""
+    return getattr(model, "parallel", None) or Parallel(ParallelLayout(), None)
+
+
+def repeated_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, block) of the model's repeated blocks: the children of its outermost `nn.ModuleList`s, in order."""
+    found: list[tuple[str, nn.Module]] = []
+
+    def search(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList):
+                found.extend((f"{prefix}{name}.{index}", block) for index, block in child.named_children())
+            else:
+                search(child, f"{prefix}{name}.")
+
+    search(model, "")
+    return found

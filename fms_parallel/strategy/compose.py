@@ -1,0 +1,118 @@
+"""The page: in what order strategies are applied, and why.
+
+    cut stages -> tensor / sequence -> context -> recompute -> compile -> shard -> memory
+
+Tensor parallelism must see the plain parameters; recomputation and compilation wrap what a block computes; sharding is
+outermost, so that a parameter is gathered before anything inside the block runs, and runs again. Nothing has memory
+until the end, so a model that fits no single rank is never whole anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from fms_parallel.distributed.mesh import build_mesh, shard_mesh
+from fms_parallel.errors import LayoutError
+from fms_parallel.layout import ParallelLayout
+from fms_parallel.modules.embedding import Embedding
+from fms_parallel.strategy.base import Parallel
+from fms_parallel.strategy.fsdp import FullyShardStrategy, ReplicateStrategy
+from fms_parallel.strategy.materialise import initialise, materialise
+from fms_parallel.strategy.recompute import RecomputeStrategy
+from fms_parallel.strategy.tensor import TensorParallelStrategy
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+"""What parameters are stored in under each precision."""
+
+
+def compose(
+    model: nn.Module,
+    layout: ParallelLayout,
+    *,
+    device: torch.device | None = None,
+    mesh: DeviceMesh | None = None,
+    plan: Mapping[str, ParallelStyle] | None = None,
+    compile_blocks: bool = False,
+    fill: Callable[[nn.Module], None] | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Spread `model` as `layout` says, give it memory, and fill it.
+
+    Args:
+        model: built under `torch.device("meta")` (or in memory already: then it keeps its values).
+        layout: resolved; its world is the running process group, or one process.
+        device: where this rank computes. mesh: the layout's mesh when it exists already.
+        plan: styles for modules without twins. compile_blocks: torch.compile each repeated block.
+        fill: writes every parameter, a checkpoint loader say; None draws initial weights from `seed`.
+    Raises:
+        LayoutError: an axis that no strategy implements, or a model that cannot be cut this way.
+    """
+    refuse_unimplemented(layout)
+    device = device or torch.device("cpu")
+    if layout.world_size > 1 and mesh is None:
+        mesh = build_mesh(layout, device.type)
+    fresh = any(parameter.is_meta for parameter in model.parameters())
+    if fresh:
+        model = model.to(DTYPES[layout.precision])
+    if mesh is not None:
+        tensor = TensorParallelStrategy(mesh["tp"], sp=layout.sp, loss_parallel=layout.loss_parallel, plan=plan)
+        model = tensor.distribute(model)
+    model = RecomputeStrategy(layout).distribute(model)
+    if compile_blocks:
+        _compile(model, layout)
+    model = _shard(model, layout, mesh)
+    materialise(model, device)
+    if fresh:
+        (fill or _initialise(seed))(model)
+    model.parallel = Parallel(layout, mesh)  # type: ignore[assignment]
+    return model
+
+
+def refuse_unimplemented(layout: ParallelLayout) -> None:
+    """Name every word of the layout that no strategy implements yet; call it before a process group starts."""
+    missing = {
+        f"pp={layout.pp}": layout.pp > 1,
+        f"cp={layout.cp}": layout.cp > 1,
+        f"offload={layout.offload}": layout.offload not in ("none", "params"),
+        "offload=params without fsdp": layout.offload == "params" and layout.fsdp == 1,
+    }
+    if words := [word for word, asked in missing.items() if asked]:
+        raise LayoutError(f"layout {str(layout)!r}: {', '.join(words)}: no strategy implements this yet; drop it.")
+
+
+def _shard(model: nn.Module, layout: ParallelLayout, mesh: DeviceMesh | None) -> nn.Module:
+    """Data parallelism, or the same precision without it."""
+    if mesh is not None and layout.fsdp > 1:
+        return FullyShardStrategy(
+            shard_mesh(mesh), precision=layout.precision, offload=layout.offload == "params"
+        ).distribute(model)
+    if mesh is not None and layout.dp > 1:
+        return ReplicateStrategy(mesh["dp"], precision=layout.precision).distribute(model)
+    if layout.precision == "bf16":
+        _compute_in(model, torch.bfloat16)
+    return model
+
+
+def _compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Activations follow the embedding's dtype, and every matrix is cast to its input's."""
+    embeddings = [module for module in model.modules() if isinstance(module, Embedding)]
+    if not embeddings:
+        raise LayoutError("precision=bf16 without dp or fsdp needs a model that starts with our Embedding; add fsdp.")
+    for embedding in embeddings:
+        embedding.compute_dtype = dtype
+
+
+def _compile(model: nn.Module, layout: ParallelLayout) -> None:
+    from fms_parallel.strategy.base import repeated_blocks
+
+    for _, block in repeated_blocks(model):
+        block.compile(dynamic=False)
+
+
+def _initialise(seed: int) -> Callable[[nn.Module], None]:
+    return lambda model: initialise(model, seed)

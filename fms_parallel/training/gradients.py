@@ -1,0 +1,106 @@
+"""Gradients of a whole mesh: completed, measured and clipped, whatever the layout.
+
+It knows DTensors and process groups, no modules. Works on the local tensors of all parameters at once, so a step costs
+two collectives however many parameters there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from fms_parallel.errors import TrainingError
+
+
+def check_every_gradient(model: nn.Module) -> None:
+    """After a first backward pass every trainable parameter has a gradient, or training would silently skip it.
+
+    Raises:
+        TrainingError: naming those without.
+    """
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise TrainingError(
+            f"{len(missing)} trainable parameters got no gradient ({shown}): they are not part of the loss. "
+            "Freeze them (requires_grad=False) or use them."
+        )
+
+
+def complete_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Sum the gradients that are still partial over a mesh dimension, all of them in one collective per group.
+
+    Under sequence parallelism each rank's norm weights have seen its own tokens only; their gradients are `Partial`
+    DTensors until now. Torch would reduce them one by one when they are used.
+    """
+    waiting: dict[dist.ProcessGroup, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor) and any(isinstance(p, Partial) for p in gradient.placements):
+            waiting.setdefault(_partial_group(gradient), []).append(parameter)
+    for group, members in waiting.items():
+        _sum_together(members, group)
+
+
+def _partial_group(gradient: DTensor) -> dist.ProcessGroup:
+    dims = [dim for dim, placement in enumerate(gradient.placements) if isinstance(placement, Partial)]
+    if len(dims) > 1:
+        raise TrainingError("a gradient is partial over two mesh dimensions; reduce one of them first.")
+    return gradient.device_mesh.get_group(dims[0])
+
+
+def _sum_together(members: list[nn.Parameter], group: dist.ProcessGroup) -> None:
+    local = [p.grad.to_local() for p in members]  # type: ignore[union-attr]
+    flat = torch.cat([piece.flatten() for piece in local])
+    dist.all_reduce(flat, group=group)
+    for parameter, piece in zip(members, flat.split([piece.numel() for piece in local]), strict=True):
+        gradient = parameter.grad
+        assert isinstance(gradient, DTensor)
+        placements = [Replicate() if isinstance(p, Partial) else p for p in gradient.placements]
+        parameter.grad = DTensor.from_local(
+            piece.view(gradient.to_local().shape),
+            gradient.device_mesh,
+            placements,
+            run_check=False,
+            shape=gradient.shape,
+            stride=gradient.stride(),
+        )
+
+
+def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """This rank's piece of every gradient there is."""
+    found = (p.grad for p in parameters if p.grad is not None)
+    return [g.to_local() if isinstance(g, DTensor) else g for g in found]
+
+
+def copies(parameter: Tensor, world_size: int) -> int:
+    """How many ranks of the job hold the same piece of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return world_size
+    sizes = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
+    return world_size // prod(size for placement, size in sizes if not isinstance(placement, Replicate))
+
+
+def squared_norm(parameters: Iterable[nn.Parameter], world_size: int) -> Tensor:
+    """This rank's share of the squared global gradient norm: shares of the job's `world_size` ranks add up to it.
+
+    A piece that several ranks hold counts once: each contributes its part of it.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    pieces = local_gradients(parameters)
+    if not pieces:
+        raise TrainingError("no parameter has a gradient: run a backward pass first.")
+    norms = torch.stack(torch._foreach_norm(pieces)).to(torch.float64 if pieces[0].dtype == torch.float64 else torch.float32)
+    weights = norms.new_tensor([1 / copies(p, world_size) for p in parameters])
+    return (norms.square() * weights).sum()
+
+
+def clip_gradients_(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients so that their global norm is at most `max_norm`; `norm` is what it is now."""
+    pieces = local_gradients(parameters)
+    torch._foreach_mul_(pieces, (max_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -1,0 +1,174 @@
+"""One optimizer step, the same in every layout: gradients of the mean loss over the step's global batch.
+
+    loss = sum over all valid tokens of all micro-batches of all ranks / number of those tokens
+
+so micro-batching, accumulation, padding and unequal rows never change the result. It knows batches and gradients; it
+never asks which strategies are on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from fms_parallel.errors import TrainingError
+from fms_parallel.modules.loss import IGNORE
+from fms_parallel.modules.sequences import DropoutKey
+from fms_parallel.strategy.base import parallel_of
+from fms_parallel.training.gradients import check_every_gradient, clip_gradients_, complete_gradients, squared_norm
+
+
+class TokenBatch(Protocol):
+    """What a step reads of a batch."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """`[B, S]`."""
+        ...
+
+    @property
+    def labels(self) -> Tensor:
+        """`[B, S]`, the token wanted at each position, -100 for none."""
+        ...
+
+
+LossFunction = Callable[[nn.Module, TokenBatch, DropoutKey | None], Tensor]
+"""(model, micro-batch, names of its random bits) -> loss *summed* over valid tokens."""
+
+
+def model_loss(model: nn.Module, batch: TokenBatch, key: DropoutKey | None) -> Tensor:
+    """For models that compute their own summed loss, as all of `fms_parallel.models` do."""
+    options: dict[str, Any] = {} if key is None else {"dropout": key}
+    loss: Tensor = model(batch.input_ids, labels=batch.labels, **options)
+    return loss
+
+
+def logits_loss(model: nn.Module, batch: TokenBatch, key: DropoutKey | None) -> Tensor:
+    """For any module that maps `input_ids [B, S]` to logits `[B, S, V]` (or to something with `.logits`)."""
+    out = model(batch.input_ids)
+    logits = getattr(out, "logits", out)
+    wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(wide, batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one step, over the whole job: mean loss per valid token, global gradient norm before clipping, tokens."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+
+
+def count_tokens(model: nn.Module, batches: Sequence[TokenBatch]) -> int:
+    """Valid tokens of the step over all data-parallel ranks.
+
+    Raises:
+        TrainingError: there is none, so the mean loss does not exist.
+    """
+    count = sum((batch.labels != IGNORE).sum() for batch in batches)
+    assert isinstance(count, Tensor)
+    layout = parallel_of(model).layout
+    if layout.data_parallel > 1:
+        count = count.clone()
+        dist.all_reduce(count)
+        count = count // (layout.world_size // layout.data_parallel)
+    if (tokens := int(count)) == 0:
+        raise TrainingError("this step's batch holds no valid token (every label is -100): nothing to learn from.")
+    return tokens
+
+
+def backward(
+    model: nn.Module,
+    batches: Sequence[TokenBatch],
+    tokens: int,
+    *,
+    loss_function: LossFunction = model_loss,
+    keys: Sequence[DropoutKey | None] | None = None,
+) -> Tensor:
+    """Forward and backward of this rank's micro-batches; gradients accumulate into `.grad`.
+
+    Args:
+        batches: this rank's micro-batches. tokens: valid tokens of the step over all ranks.
+        keys: names of the random bits of each micro-batch.
+    Returns:
+        this rank's summed loss, detached.
+    """
+    # FSDP2 averages gradients over the ranks that read different rows; the loss is a sum over them.
+    scale = parallel_of(model).layout.data_parallel / tokens
+    total = None
+    for index, batch in enumerate(batches):
+        with _gradient_sync(model, last=index == len(batches) - 1):
+            loss = loss_function(model, batch, keys[index] if keys else None)
+            (loss * scale).backward()
+        total = loss.detach() if total is None else total + loss.detach()
+    assert total is not None
+    complete_gradients(model.parameters())
+    return total
+
+
+def summarise(model: nn.Module, loss_sum: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """(mean loss, gradient norm) of the step over the whole job: one collective."""
+    layout = parallel_of(model).layout
+    norm = squared_norm(model.parameters(), layout.world_size)
+    both = torch.stack([loss_sum.to(norm.dtype) * layout.data_parallel / layout.world_size, norm])
+    if layout.world_size > 1:
+        dist.all_reduce(both)
+    return both[0] / tokens, both[1].sqrt()
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[TokenBatch],
+    *,
+    max_grad_norm: float | None = 1.0,
+    loss_function: LossFunction = model_loss,
+    keys: Sequence[DropoutKey | None] | None = None,
+    check_gradients: bool = False,
+) -> StepResult:
+    """Gradients of the mean loss, clipping over the whole mesh, one optimizer step.
+
+    Raises:
+        TrainingError: no valid token; a loss or gradient norm that is not finite (nothing is updated); with
+            `check_gradients`, a trainable parameter without a gradient.
+    """
+    tokens = count_tokens(model, batches)
+    optimizer.zero_grad(set_to_none=True)
+    loss_sum = backward(model, batches, tokens, loss_function=loss_function, keys=keys)
+    if check_gradients:
+        check_every_gradient(model)
+    loss, norm = summarise(model, loss_sum, tokens)
+    result = StepResult(float(loss), float(norm), tokens)
+    if not (abs(result.loss) < float("inf") and result.grad_norm < float("inf")):
+        raise TrainingError(
+            f"loss {result.loss}, gradient norm {result.grad_norm}: not finite, the weights were left as they are. "
+            "Lower the learning rate, look at the data of this step, or resume from the last checkpoint."
+        )
+    if max_grad_norm is not None and result.grad_norm > max_grad_norm:
+        clip_gradients_(model.parameters(), norm, max_grad_norm)
+    optimizer.step()
+    return result
+
+
+@contextmanager
+def _accumulating(model: FSDPModule) -> Any:
+    model.set_requires_gradient_sync(False)
+    model.set_is_last_backward(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+        model.set_is_last_backward(True)
+
+
+def _gradient_sync(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Gradients of all but the last micro-batch stay on the rank: FSDP reduces their sum once."""
+    return _accumulating(model) if isinstance(model, FSDPModule) and not last else nullcontext()

@@ -1,0 +1,37 @@
+"""What the wheel is made of. Tool settings are in `pyproject.toml`, the tested versions in `constraints.txt`."""
+
+from setuptools import find_packages, setup
+
+# `models/` lies at the root and is imported as `fms_parallel.models`. The link `fms_parallel/models` shows that to an
+# uninstalled tree; here it is said outright, so that a wheel never depends on a link.
+LIBRARY = find_packages(include=["fms_parallel*"], exclude=["fms_parallel.models*"])
+MODELS = ["fms_parallel.models", *(f"fms_parallel.models.{name}" for name in find_packages("models"))]
+
+EXTRAS = {
+    "hf": ["transformers>=5", "tokenizers"],
+    "plan": ["scipy"],
+    "plot": ["matplotlib"],
+    "ui": ["tqdm"],
+    "log": ["tensorboard"],
+    "data": ["pyarrow"],
+    "test": ["pytest", "hypothesis", "transformers>=5", "tokenizers", "matplotlib", "pyarrow", "numpy", "setuptools"],
+    "lint": ["ruff", "mypy"],
+}
+
+setup(
+    name="fms_parallel",
+    version="0.1.0",
+    description="Native-PyTorch training and inference of transformers under any parallel layout, named by one value.",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    package_dir={"fms_parallel.models": "models"},
+    packages=[*LIBRARY, *MODELS],
+    install_requires=[
+        # The private APIs behind `fms_parallel/compat.py` are tested on 2.13.0 only; nothing older is claimed.
+        "torch>=2.13",
+        # Writing safetensors from torch goes through numpy, which safetensors itself does not ask for.
+        "safetensors[numpy]",
+        "sentencepiece",
+    ],
+    extras_require=EXTRAS,
+)

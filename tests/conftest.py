@@ -1,0 +1,45 @@
+"""What every test starts from: one thread, a fixed seed, and no slow test unless asked for."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: it reads this once. Ranks that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.poison import poisoned_memory
+
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow (it compiles); `pytest --slow` runs it"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """The seed that random numbers start from in every test, whatever ran before."""
+    random.seed(0)
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Memory that nobody has written reads as NaN (see `tests/poison.py`)."""
+    with poisoned_memory():
+        yield
