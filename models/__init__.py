@@ -1,4 +1,33 @@
-"""Models by name: `fms_parallel.models`. The code lies in `models/` at the repository root."""
+"""Models by name: `fms_parallel.models`. The code lies in `models/` at the repository root.
+
+To add one: a file beside `llama.py` that ends in `register_model(...)`, its test, and its line below.
+"""
 
 if __name__ != "fms_parallel.models":
     raise ImportError("models/ is the package fms_parallel.models: write `from fms_parallel.models import ...`")
+
+from . import llama
+from .registry import (
+    Architecture,
+    get_config,
+    get_model,
+    get_shape,
+    list_models,
+    list_sources,
+    list_variants,
+    register_model,
+    save_hf,
+)
+
+__all__ = [
+    "Architecture",
+    "get_config",
+    "get_model",
+    "get_shape",
+    "list_models",
+    "list_sources",
+    "list_variants",
+    "llama",
+    "register_model",
+    "save_hf",
+]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement
 
-from fms_parallel.checkpoint.adapter import Adapter, Drop, Fuse, GroupQKV, Rename, Stack
+from fms_parallel.checkpoint.adapter import Adapter, Drop, GroupQKV, Rename, Stack, Step, Tied
 from fms_parallel.errors import ConfigError
 from fms_parallel.modules.attention import Attention, AttentionShape
 from fms_parallel.modules.dropout import Dropout
@@ -27,6 +27,7 @@ from fms_parallel.modules.sequences import DropoutKey, KVStore, Sequences
 from fms_parallel.modules.tp import TPModule
 from fms_parallel.shape import ModelShape
 
+from .hf.config import HFFields
 from .registry import Architecture, register_model
 
 
@@ -287,3 +288,104 @@ HF_NAMES = (
     ("model.layers.{n}.mlp.down_proj.{kind}", "layers.{n}.feed_forward.down.{kind}"),
 )
 """Both keep rotary pairs half-split, so nothing is permuted."""
+
+
+def hf_adapter(config: LLaMAConfig) -> Adapter:
+    """Between Hugging Face's keys and ours."""
+    attention, ffn = "layers.{n}.attention.", "layers.{n}.feed_forward."
+    steps: list[Step] = [Drop(("*.rotary_emb.inv_freq",)), Rename(HF_NAMES)]
+    if config.fused:
+        q, k, v = (f"{attention}{name}.{{kind}}" for name in ("query", "key", "value"))
+        steps.append(GroupQKV(q, k, v, f"{attention}qkv.{{kind}}", config.heads, config.k, config.d))
+        steps.append(Stack((f"{ffn}gate.{{kind}}", f"{ffn}up.{{kind}}"), f"{ffn}gate_up.{{kind}}"))
+    if config.tied:
+        steps.append(Tied("head.weight", "embedding.weight"))
+    return Adapter("hf", tuple(steps))
+
+
+_HF_FIELDS = {  # ours -> theirs
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "ffn_width": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "activation": "hidden_act",
+    "norm_eps": "rms_norm_eps",
+}
+
+
+def config_from_hf(raw: Mapping[str, Any]) -> LLaMAConfig:
+    """The config that a Hugging Face `config.json` of model type `llama` describes.
+
+    Raises:
+        ConfigError: another model type, a field that is missing, or one that is not supported.
+    """
+    if raw.get("model_type") != "llama":
+        raise ConfigError(f"config.json is of model_type {raw.get('model_type')!r}, not 'llama'.")
+    fields = HFFields(raw)
+    rope = fields.rope()
+    config = LLaMAConfig(
+        **{ours: fields.take(theirs) for ours, theirs in _HF_FIELDS.items()},
+        kv_heads=fields.take("num_key_value_heads", None),
+        head_width=fields.take("head_dim", None),
+        tied=fields.take("tie_word_embeddings", False),
+        attention_bias=fields.take("attention_bias", False),
+        ffn_bias=fields.take("mlp_bias", False),
+        rope_base=rope.base,
+        rope_scaling=rope.kind,
+        rope_options=rope.options,
+        rope_partial=rope.partial,
+        std=fields.take("initializer_range", 0.02),
+        bos_id=fields.token_id("bos_token_id"),
+        eos_id=fields.token_id("eos_token_id"),
+        pad_id=fields.token_id("pad_token_id"),
+    )
+    fields.finish()
+    return config
+
+
+def config_to_hf(config: LLaMAConfig) -> dict[str, Any]:
+    """The `config.json` under which transformers computes what we compute; rotary positions in both spellings.
+
+    Raises:
+        ConfigError: a field that transformers' LLaMA cannot express.
+    """
+    inexpressible = {
+        "qk_norm": config.qk_norm,
+        "rope_scaling=ntk": config.rope_scaling == "ntk",
+        "rope_original": config.rope_original not in (None, config.max_positions),
+        "rope_partial": config.rope_partial != 1.0,
+    }
+    if words := [word for word, used in inexpressible.items() if used]:
+        raise ConfigError(f"transformers' LLaMA has no {', '.join(words)}: save as native weights instead.")
+    scaling = None if config.rope_scaling == "default" else {"rope_type": config.rope_scaling, **config.rope_options}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{theirs: getattr(config, ours) for ours, theirs in _HF_FIELDS.items()},
+        "num_key_value_heads": config.k,
+        "head_dim": config.d,
+        "tie_word_embeddings": config.tied,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.ffn_bias,
+        "rope_theta": config.rope_base,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": config.rope_base, **(scaling or {"rope_type": "default"})},
+        "initializer_range": config.std,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_id,
+        "pad_token_id": config.pad_id,
+    }
+
+
+register_model(
+    Architecture(
+        name="llama",
+        build=LLaMA,
+        variants=VARIANTS,
+        adapters={"hf": hf_adapter},
+        from_hf=config_from_hf,
+        to_hf=config_to_hf,
+    )
+)

@@ -6,9 +6,10 @@ can be wrong with a request is said before a process group starts or a byte is r
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fms_parallel.checkpoint.adapter import Adapter
+from fms_parallel.checkpoint.export import save_weights
 from fms_parallel.checkpoint.files import open_weights
 from fms_parallel.checkpoint.load import load_weights
 from fms_parallel.distributed.start import Launch, pick_device
@@ -26,6 +28,8 @@ from fms_parallel.shape import ModelShape
 from fms_parallel.strategy.base import Strategy
 from fms_parallel.strategy.compose import compose, refuse_unimplemented
 from fms_parallel.strategy.materialise import initialise, materialise
+
+from .hf.config import read_config_json
 
 logger = logging.getLogger("fms_parallel.models")
 
@@ -176,21 +180,35 @@ def get_model(
     layout = ParallelLayout() if strategy else _layout(distributed_strategy, launch)  # type: ignore[arg-type]
     layout.validate(config.shape())
     refuse_unimplemented(layout)
+    _check_config_json(known, config, model_path)
     if layout.world_size > 1 and not dist.is_initialized():
         raise LayoutError(f"layout {str(layout)!r} needs {layout.world_size} ranks: start a process group first.")
     device = pick_device(device_type, launch)
     with torch.device("meta"):
         model = known.build(config)
-    if dtype is not None:
-        model = model.to(dtype)
     fill = _filler(known, config, model_path, source, seed)
     if strategy is not None:
-        model = strategy.distribute(model)
+        model = strategy.distribute(model if dtype is None else model.to(dtype))
         materialise(model, device)
         fill(model)
     else:
         model = compose(model, layout, device=device, fill=fill, compile_blocks=compile_blocks, dtype=dtype)
+    model.architecture = known.name  # type: ignore[assignment]
     return model
+
+
+def save_hf(model: nn.Module, folder: str | Path) -> None:
+    """Write a model of `get_model` as a Hugging Face folder (config.json and safetensors). Collective over all ranks.
+
+    Raises:
+        ConfigError: its architecture or a field of its config has no Hugging Face form.
+        CheckpointError: on every rank when any rank failed to write.
+    """
+    known = REGISTRY.get(getattr(model, "architecture", ""))
+    if known.to_hf is None or "hf" not in known.adapters:
+        raise ConfigError(f"{known.name} has no Hugging Face form.")
+    text = json.dumps(known.to_hf(model.config), indent=2)
+    save_weights(model, folder, known.adapters["hf"](model.config), extra_files={"config.json": text})
 
 
 def _layout(word: str | ParallelLayout | None, launch: Launch) -> ParallelLayout:
@@ -221,6 +239,38 @@ def _check_request(
         )
     if group is not None and group is not dist.group.WORLD:
         raise ConfigError("group: only the whole world is supported; leave it out and choose a layout.")
+
+
+NOT_COMPARED = ("fused", "std", "dropout", "max_positions", "bos_id", "eos_id", "pad_id")
+"""Config fields that may differ between the files and the request: they change no weight's meaning."""
+
+
+def _check_config_json(known: Architecture, config: Any, model_path: str | Path | None) -> None:
+    """Weights trained under other rotary positions or norms fit every shape and are silently wrong: compare configs."""
+    raw = None if model_path is None else read_config_json(Path(model_path))
+    if raw is None or known.from_hf is None:
+        return
+    theirs, ours = known.from_hf(raw), config
+    different = [
+        f"{f.name}: {getattr(theirs, f.name)} in the file, {getattr(ours, f.name)} asked for"
+        for f in fields(config)
+        if f.name not in NOT_COMPARED and not _same(f.name, theirs, ours)
+    ]
+    if different:
+        raise ConfigError(
+            f"{model_path}/config.json is not the model asked for ({'; '.join(different)}). Choose the variant that it "
+            "is, or override these fields."
+        )
+
+
+def _same(name: str, one: Any, other: Any) -> bool:
+    """Derived values (K, D) are compared, not how they were written."""
+    written_as = {"kv_heads": "k", "head_width": "d"}
+    values = [getattr(config, written_as.get(name, name)) for config in (one, other)]
+    if name == "rope_original":
+        values = [value or config.max_positions for value, config in zip(values, (one, other), strict=True)]
+        return values[0] == values[1] or one.rope_scaling not in ("ntk", "dynamic", "yarn")
+    return bool(values[0] == values[1])
 
 
 def _dtype(data_type: str | torch.dtype | None) -> torch.dtype | None:
@@ -264,7 +314,3 @@ def _guess_source(known: Architecture, config: Any, tensors: Mapping[str, Any]) 
         )
     return fitting[0]
 
-
-def config_to_json(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
-    return asdict(config)

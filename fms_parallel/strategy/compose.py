@@ -20,7 +20,7 @@ from fms_parallel.distributed.mesh import build_mesh, shard_mesh
 from fms_parallel.errors import LayoutError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.modules.embedding import Embedding
-from fms_parallel.strategy.base import Parallel
+from fms_parallel.strategy.base import Parallel, repeated_blocks
 from fms_parallel.strategy.fsdp import FullyShardStrategy, ReplicateStrategy
 from fms_parallel.strategy.materialise import initialise, materialise
 from fms_parallel.strategy.recompute import RecomputeStrategy
@@ -38,6 +38,7 @@ def compose(
     mesh: DeviceMesh | None = None,
     plan: Mapping[str, ParallelStyle] | None = None,
     compile_blocks: bool = False,
+    dtype: torch.dtype | None = None,
     fill: Callable[[nn.Module], None] | None = None,
     seed: int = 0,
 ) -> nn.Module:
@@ -48,6 +49,7 @@ def compose(
         layout: resolved; its world is the running process group, or one process.
         device: where this rank computes. mesh: the layout's mesh when it exists already.
         plan: styles for modules without twins. compile_blocks: torch.compile each repeated block.
+        dtype: what parameters are stored in; None is what the layout's precision asks for.
         fill: writes every parameter, a checkpoint loader say; None draws initial weights from `seed`.
     Raises:
         LayoutError: an axis that no strategy implements, or a model that cannot be cut this way.
@@ -58,13 +60,13 @@ def compose(
         mesh = build_mesh(layout, device.type)
     fresh = any(parameter.is_meta for parameter in model.parameters())
     if fresh:
-        model = model.to(DTYPES[layout.precision])
+        model = model.to(dtype or DTYPES[layout.precision])
     if mesh is not None:
         tensor = TensorParallelStrategy(mesh["tp"], sp=layout.sp, loss_parallel=layout.loss_parallel, plan=plan)
         model = tensor.distribute(model)
     model = RecomputeStrategy(layout).distribute(model)
     if compile_blocks:
-        _compile(model, layout)
+        _compile(model)
     model = _shard(model, layout, mesh)
     materialise(model, device)
     if fresh:
@@ -107,9 +109,7 @@ def _compute_in(model: nn.Module, dtype: torch.dtype) -> None:
         embedding.compute_dtype = dtype
 
 
-def _compile(model: nn.Module, layout: ParallelLayout) -> None:
-    from fms_parallel.strategy.base import repeated_blocks
-
+def _compile(model: nn.Module) -> None:
     for _, block in repeated_blocks(model):
         block.compile(dynamic=False)
 
