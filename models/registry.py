@@ -150,6 +150,7 @@ def get_model(
     *,
     seed: int = 0,
     compile_blocks: bool = False,
+    fill: Callable[[nn.Module], None] | None = None,
     **overrides: Any,
 ) -> nn.Module:
     """Build a model, spread it over the ranks, and fill it.
@@ -165,6 +166,7 @@ def get_model(
         group: the ranks to spread over; only the whole world (None) is supported.
         seed: of the initial weights: the same seed gives the same global weights in every layout.
         compile_blocks: torch.compile each block.
+        fill: writes the weights instead, say from a training checkpoint.
         overrides: config fields to replace.
     Returns:
         the module, holding this rank's shards, with `.config` and `.parallel`.
@@ -186,7 +188,9 @@ def get_model(
     device = pick_device(device_type, launch)
     with torch.device("meta"):
         model = known.build(config)
-    fill = _filler(known, config, model_path, source, seed)
+    if fill is not None and model_path is not None:
+        raise ConfigError(f"model_path={str(model_path)!r} and fill both write the weights: give one of them.")
+    fill = fill or _filler(known, config, model_path, source, seed)
     if strategy is not None:
         model = strategy.distribute(model if dtype is None else model.to(dtype))
         materialise(model, device)
@@ -212,9 +216,11 @@ def save_hf(model: nn.Module, folder: str | Path) -> None:
 
 
 def _layout(word: str | ParallelLayout | None, launch: Launch) -> ParallelLayout:
-    """None is one process, whatever the launcher started."""
+    """None, and a `ParallelLayout` of one process, are one process whatever the launcher started."""
     if word is None or word == "":
         return ParallelLayout()
+    if isinstance(word, ParallelLayout) and set(word.degrees) == {1}:
+        return word
     world = dist.get_world_size() if dist.is_initialized() else launch.world_size
     return ParallelLayout.parse(word).resolve(world, launch.local_world_size)
 

@@ -1,13 +1,15 @@
 """Checkpoints: weights in and out of any format, and the state of a training run, in any layout.
 
-    lazy.py            tensors that are not read yet, and views of them that translate boxes
-    template.py        key patterns that can be read in both directions
-    adapter.py         named, invertible steps between a format's keys and tensors and ours
-    files.py           safetensors (and guarded .bin / .pth) files in, safetensors files out
-    slots.py           what a model holds: names, ties, this rank's box
-    load.py            weights into a model, each rank reading only its own boxes
-    export.py          weights out of a model, one gathered tensor at a time
-    training_state.py  model + optimizer + plain numbers of a run, saved atomically, loadable in any layout
-    manifest.py        the page that makes a training checkpoint valid: lengths and SHA-256 of its files
-    agree.py           a failure on one rank is a failure on all
+lazy.py            tensors that are not read yet, and views of them that translate boxes
+template.py        key patterns that can be read in both directions
+adapter.py         named, invertible steps between a format's keys and tensors and ours
+files.py           safetensors (and guarded .bin / .pth) files in, safetensors files out
+slots.py           what a model holds: names, ties, this rank's box
+load.py            weights into a model, each rank reading only its own boxes
+export.py          weights out of a model, one gathered tensor at a time
+training_state.py  model + optimizer + plain numbers of a run, saved atomically, loadable in any layout
+named.py           model and optimizer as one flat dict of named tensors, and back
+manifest.py        the page that makes a training checkpoint valid: lengths and SHA-256 of its files
+words.py           how messages list keys
+agree.py           a failure on one rank is a failure on all
 """

@@ -33,11 +33,10 @@ from fms_parallel.checkpoint.lazy import (
     Unstacked,
 )
 from fms_parallel.checkpoint.template import Template, templates_alike
+from fms_parallel.checkpoint.words import listed
 from fms_parallel.errors import CheckpointError
 
 Tensors = dict[str, LazyTensor]
-SHOWN = 5
-"""Keys that a message names before it only counts."""
 
 
 class Step(Protocol):
@@ -208,7 +207,7 @@ class Join(ABC):
                 groups[whole.fill(values)] = [part.fill(values) for part in parts]
         missing = [key for keys in groups.values() for key in keys if key not in tensors]
         if missing:
-            raise CheckpointError(f"missing to make {self.whole}: {_shown(missing)}.")
+            raise CheckpointError(f"to make {self.whole}, {listed('keys are missing', missing)}.")
         return groups, {key: name for name, keys in groups.items() for key in keys}
 
     def from_native(self, tensors: Tensors) -> Tensors:
@@ -378,7 +377,9 @@ def _renamed(tensors: Tensors, rules: Sequence[tuple[Template, Template]]) -> Te
         else:
             strangers.append(key)
     if strangers:
-        raise CheckpointError(f"no rule for {_shown(strangers)}. Is this the right format, and the right model?")
+        raise CheckpointError(
+            f"{listed('keys without a rule', strangers)}. Is this the right format, and the right model?"
+        )
     return found
 
 
@@ -387,12 +388,6 @@ def _put(found: Tensors, name: str, tensor: LazyTensor) -> None:
     if name in found:
         raise CheckpointError(f"two tensors would be called {name}.")
     found[name] = tensor
-
-
-def _shown(keys: Sequence[str]) -> str:
-    """`3 keys: a, b, c`, or the first few and how many more there are."""
-    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return f"{len(keys)} key{'s' if len(keys) > 1 else ''}: {', '.join(keys[:SHOWN])}{more}"
 
 
 @contextmanager

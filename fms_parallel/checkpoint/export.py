@@ -90,7 +90,7 @@ class _Gatherer:
 
 
 class GatheredTensor(LazyTensor):
-    """A parameter of any layout as a lazy tensor. Reading is collective: every rank reads the same, in the same order."""
+    """A parameter of any layout as a lazy tensor. Reading is collective: all ranks read the same, in the same order."""
 
     def __init__(self, tensor: Tensor, gatherer: _Gatherer) -> None:
         super().__init__(tensor.shape, tensor.dtype)

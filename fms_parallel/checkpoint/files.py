@@ -74,7 +74,9 @@ def open_weights(path: str | Path) -> dict[str, LazyTensor]:
     for pattern in _PREFERRED:
         indices, files = sorted(path.glob(f"{pattern}.index.json")), sorted(path.glob(pattern))
         if len(indices) > 1:
-            raise CheckpointError(f"{path} holds {len(indices)} indices: {_names(indices)}. Leave the one that is meant.")
+            raise CheckpointError(
+                f"{path} holds {len(indices)} indices: {_names(indices)}. Leave the one that is meant."
+            )
         if indices:
             return _open_indexed(indices[0], files)
         if files:
@@ -198,7 +200,11 @@ def write_weights(
     """
     directory = Path(directory)
     shards = _shards(tensors, max_shard_bytes)
-    names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
     header = {"format": "pt", **(metadata or {})}
     try:
         directory.mkdir(parents=True, exist_ok=True)

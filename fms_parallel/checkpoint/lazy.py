@@ -38,7 +38,9 @@ class LazyTensor(ABC):
         """
         ends = [start + count for start, count in zip(box.offset, box.size, strict=True)]
         if len(ends) != len(self.shape) or any(end > n for end, n in zip(ends, self.shape, strict=True)):
-            raise CheckpointError(f"box at {box.offset} of size {box.size} lies outside a tensor of shape {self.shape}.")
+            raise CheckpointError(
+                f"box at {box.offset} of size {box.size} lies outside a tensor of shape {self.shape}."
+            )
         if box.numel == 0:
             return torch.empty(box.size, dtype=self.dtype)
         return self._read(box)

@@ -12,11 +12,9 @@ from torch import nn
 
 from fms_parallel.checkpoint.lazy import Agreeing, LazyTensor
 from fms_parallel.checkpoint.slots import Slot, slots_of
+from fms_parallel.checkpoint.words import refuse_misfits
 from fms_parallel.distributed.boxes import local_tensor
 from fms_parallel.errors import CheckpointError
-
-SHOWN = 10
-"""Keys of each kind that a message names before it only counts."""
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, LazyTensor], *, source: str) -> None:
@@ -63,14 +61,5 @@ def _match(slots: Sequence[Slot], tensors: Mapping[str, LazyTensor], source: str
         elif not unfit and copies:
             matched.append(Agreeing(copies))
     extra = [name for name in tensors if name not in names]
-    kinds = {"missing": missing, "extra": extra, "of the wrong shape or type": unfit}
-    wrong = [_listed(kind, keys) for kind, keys in kinds.items() if keys]
-    if wrong:
-        raise CheckpointError(f"{source} does not fit the model: {'; '.join(wrong)}.")
+    refuse_misfits(source, {"missing": missing, "extra": extra, "of the wrong shape or type": unfit})
     return matched
-
-
-def _listed(kind: str, keys: Sequence[str]) -> str:
-    """`2 missing: a, b`, or the first ten and how many more there are."""
-    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return f"{len(keys)} {kind}: {', '.join(keys[:SHOWN])}{more}"

@@ -88,7 +88,7 @@ def _is_one_box(tensor: Tensor) -> bool:
         later = [
             tensor.device_mesh.size(index + 1 + offset)
             for offset, other in enumerate(tensor.placements[index + 1 :])
-            if isinstance(other, Shard) and other.dim == placement.dim
+            if isinstance(other, Shard) and other.dim == getattr(placement, "dim", None)
         ]
         if parts > 1 and prod(later) % parts:
             return False

@@ -81,6 +81,36 @@ def process_group(device_type: str = "cpu", timeout_seconds: float = 600.0) -> I
     leave()
 
 
+@contextmanager
+def first_rank_first(launch: Launch) -> Iterator[None]:
+    """Run the body on the first rank of each node, then on the others: what it makes on disk is made once.
+
+    A failure of the first rank is raised on all ranks of the job.
+    """
+    failure: Exception | None = None
+    if launch.local_rank == 0:
+        try:
+            yield
+        except Exception as error:
+            failure = error
+    _agree(failure, launch)
+    if launch.local_rank != 0:
+        yield
+
+
+def _agree(failure: Exception | None, launch: Launch) -> None:
+    if launch.world_size == 1:
+        words: list[str | None] = [None if failure is None else str(failure)]
+    else:
+        words = [None] * launch.world_size
+        dist.all_gather_object(words, None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for rank, word in enumerate(words):
+        if word is not None:
+            raise ConfigError(f"rank {rank} failed: {word}")
+
+
 def leave() -> None:
     """Leave the process group after success: everybody's work is done before anybody's sockets close.
 

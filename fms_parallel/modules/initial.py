@@ -82,7 +82,8 @@ def _draw_rows(piece: Tensor, box: Box, shape: tuple[int, ...], key: str, draw: 
         block = torch.empty(stop - start, *shape[1:], dtype=torch.float32)
         draw(block, torch.Generator().manual_seed(_seed(key, start)))
         low, high = max(start, first), min(stop, last)
-        piece[low - first : high - first].copy_(block[(slice(low - start, high - start), *inner)])
+        wanted = (slice(low - start, high - start), *inner)
+        piece[low - first : high - first].copy_(block[wanted])
 
 
 def _seed(key: str, start: int) -> int:

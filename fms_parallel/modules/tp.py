@@ -123,12 +123,18 @@ def own_parameters(module: nn.Module, prefix: str = "") -> list[str]:
     return names
 
 
-def place(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
-    """Replace the parameter `name` by a DTensor. No communication: every rank cuts what it already holds."""
+def place(
+    module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement, src_data_rank: int | None = None
+) -> None:
+    """Replace the parameter `name` by a DTensor.
+
+    Every rank cuts what it already holds, without communication, unless `src_data_rank` names the rank of the mesh
+    whose values all shall have.
+    """
     owner_name, _, attribute = name.rpartition(".")
     owner = module.get_submodule(owner_name)
     parameter = getattr(owner, attribute)
     if isinstance(parameter, DTensor):
         return
-    tensor = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+    tensor = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=src_data_rank)
     setattr(owner, attribute, nn.Parameter(tensor, requires_grad=parameter.requires_grad))

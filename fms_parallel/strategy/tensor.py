@@ -10,12 +10,14 @@ from collections.abc import Mapping
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from fms_parallel.errors import LayoutError
 from fms_parallel.modules.embedding import TPHead
 from fms_parallel.modules.tp import TPModule, adopt, twin_of
 from fms_parallel.strategy.base import Strategy
+from fms_parallel.strategy.styles import PlannedStyle
 from fms_parallel.strategy.ties import keep_ties
 
 
@@ -54,31 +56,37 @@ class TensorParallelStrategy(Strategy):
         """Cut `model` in place.
 
         Raises:
-            LayoutError: a module with parameters that has neither a twin nor a place in the plan.
+            LayoutError: a module with parameters that has neither a twin nor a place in the plan; tied parameters that
+                are cut differently; sp with a plan made without it, or with a plan beside twins.
         """
         if self.mesh.size() == 1:
             return model
         twins = {name: TwinStyle(self.sp) for name in modules_with_twins(model)}
-        self._check_covered(model, twins)
+        self._check_plan(twins)
         with keep_ties(model):
             model = parallelize_module(model, self.mesh, {**twins, **self.plan})
+        self._check_covered(model)
         for module in model.modules():
             if isinstance(module, TPHead):
                 module.loss_parallel = self.loss_parallel
         return model
 
-    def _check_covered(self, model: nn.Module, twins: Mapping[str, ParallelStyle]) -> None:
+    def _check_plan(self, twins: Mapping[str, ParallelStyle]) -> None:
+        """Both sides of a model must agree on the form of what they hand each other."""
+        if any(isinstance(style, PlannedStyle) and style.sp != self.sp for style in self.plan.values()):
+            raise LayoutError(
+                f"the layout has sp={self.sp}, the plan was made without that: generate_layer_plan(..., sp={self.sp})."
+            )
+        if self.sp and twins and self.plan:
+            raise LayoutError("sp with twins and a plan in one model: they keep tokens in different forms. Drop sp.")
+
+    def _check_covered(self, model: nn.Module) -> None:
         """A parameter left as a plain tensor in a tp region has a wrong gradient and a right loss: refuse it."""
-        covered = (*twins, *self.plan)
-        lost = [
-            name
-            for name, _ in model.named_parameters()
-            if not any(name == key or name.startswith(f"{key}.") for key in covered)
-        ]
+        lost = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
         if lost:
             shown = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
             raise LayoutError(
-                f"tp={self.mesh.size()}: {len(lost)} parameters belong to modules without a twin ({shown}). "
+                f"tp={self.mesh.size()}: {len(lost)} parameters belong to modules without a twin or a style ({shown}). "
                 "Give them a plan: generate_layer_plan(model, patterns)."
             )
 

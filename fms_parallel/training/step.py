@@ -39,6 +39,21 @@ class TokenBatch(Protocol):
         ...
 
 
+def to_device(batch: TokenBatch, device: torch.device | None) -> TokenBatch:
+    """The batch where the model is; None leaves it."""
+    if device is None or device.type == "cpu":
+        return batch
+    return Moved(batch.input_ids.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A `TokenBatch` on another device."""
+
+    input_ids: Tensor
+    labels: Tensor
+
+
 LossFunction = Callable[[nn.Module, TokenBatch, DropoutKey | None], Tensor]
 """(model, micro-batch, names of its random bits) -> loss *summed* over valid tokens."""
 

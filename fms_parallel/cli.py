@@ -1,0 +1,91 @@
+"""What command lines share: flags from dataclass fields, `name=value` words, and one sentence for an error.
+
+It knows text and exit codes, no torch. Only scripts and `python -m` modules use it; nothing else writes to a terminal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import Field
+from typing import Any, NoReturn
+
+from fms_parallel.errors import ConfigError, FmsError
+
+LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Timed out", "Broken pipe", "NCCL")
+"""How torch's backends say that another rank has gone."""
+
+FOLLOWERS_WAIT = 1.0
+WITNESSES_WAIT = 4.0
+"""Seconds. The launcher ends all ranks when the first one exits, so who knows most must speak first: rank 0 of ranks
+that make the same mistake, and a rank that failed before those that only lost contact with it."""
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Exit with what `main` returns; an `FmsError` becomes one sentence on stderr and exit code 2, never a traceback.
+
+    Other exceptions are bugs and keep theirs, except that a lost peer is said in one sentence as well.
+    """
+    try:
+        code = main()
+    except FmsError as error:
+        _say(str(error), wait=FOLLOWERS_WAIT if _rank() else 0.0)
+        code = 2
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST_CONTACT):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        _say(f"rank {_rank()} lost contact with another rank, which has failed or hangs: {reason}", wait=WITNESSES_WAIT)
+        code = 3
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _say(message: str, wait: float) -> None:
+    time.sleep(wait)
+    rank = f"[rank {_rank()}] " if _rank() else ""
+    sys.stderr.write(f"{rank}error: {message}\n")
+    sys.stderr.flush()
+
+
+def add_fields(parser: argparse._ArgumentGroup | argparse.ArgumentParser, fields: Iterable[Field[Any]]) -> None:
+    """One flag per dataclass field; metadata: `help`, and `type` where the default does not show it, `choices`."""
+    for field in fields:
+        kind = field.metadata.get("type") or type(field.default)
+        shown = "" if field.default is None else " (default: %(default)s)"
+        parser.add_argument(
+            f"--{field.name}",
+            type=kind,
+            default=field.default,
+            choices=field.metadata.get("choices"),
+            metavar=None if "choices" in field.metadata else kind.__name__.upper(),
+            help=field.metadata["help"] + shown,
+        )
+
+
+def assignments(words: Iterable[str], flag: str) -> dict[str, Any]:
+    """`["layers=2", "tied=True"]` -> `{"layers": 2, "tied": True}`: Python literals, anything else is text.
+
+    Raises:
+        ConfigError: a word without `=`, or a name given twice.
+    """
+    values: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"{flag} {word!r}: write name=value.")
+        if name in values:
+            raise ConfigError(f"{flag}: {name} is given twice.")
+        try:
+            values[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[name] = value
+    return values

@@ -1,0 +1,287 @@
+"""The training loop, the same in every layout.
+
+    for each step:   rows from (step, seed)  ->  gradients of the mean loss  ->  clip  ->  update  ->  write one line
+
+It knows options, rows and steps. What a run is made of (model, optimizer, step number) is all that a checkpoint holds:
+data, dropout and learning rate are functions of the step. It prints nothing; `on_step` is told each step's numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fms_parallel.checkpoint.training_state import latest_training_state, load_training_state, save_training_state
+from fms_parallel.data.feed import Feed
+from fms_parallel.data.rows import RowDataset
+from fms_parallel.distributed.boxes import local_tensor
+from fms_parallel.distributed.mesh import data_shard
+from fms_parallel.errors import ConfigError, TrainingError
+from fms_parallel.log import get_logger
+from fms_parallel.modules.dropout import Dropout
+from fms_parallel.modules.sequences import DropoutKey
+from fms_parallel.strategy.base import parallel_of
+from fms_parallel.training.evaluate import evaluate
+from fms_parallel.training.interrupt import Interrupt, catch_interrupts
+from fms_parallel.training.metrics import METRICS, MetricsWriter, peak_memory_bytes
+from fms_parallel.training.optimizer import learning_rate, make_optimizer
+from fms_parallel.training.options import TrainOptions
+from fms_parallel.training.step import LossFunction, StepResult, TokenBatch, model_loss, to_device, train_step
+
+logger = get_logger(__name__)
+
+CHECKPOINTS = "checkpoints"
+SAMPLES = "samples.txt"
+
+Numbers = dict[str, Any]
+"""One step: step, loss, grad_norm, lr, tokens, total_tokens, tokens_per_second, seconds, peak_memory_bytes, and
+validation_loss where it was measured."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a run: the last step's numbers, its newest checkpoint, and whether a signal ended it early."""
+
+    step: int
+    steps: int
+    last: Numbers | None
+    checkpoint: Path | None
+    interrupted: Interrupt | None
+
+
+def train(
+    model: nn.Module,
+    data: RowDataset,
+    *,
+    validation: RowDataset | None = None,
+    options: TrainOptions | None = None,
+    on_step: Callable[[Numbers], None] | None = None,
+    sample: Callable[[nn.Module], str] | None = None,
+    loss_function: LossFunction = model_loss,
+    **values: Any,
+) -> Outcome:
+    """Train `model` on `data` in the layout that it was built in. Collective: every rank calls it alike.
+
+    Args:
+        model: from `get_model` or `compose`. data: rows, see `get_dataset`. validation: held-out rows.
+        options: or their fields as keywords: `train(model, data, steps=100, lr=1e-3)`.
+        on_step: told the numbers of every step, on every rank.
+        sample: makes the text for `samples.txt`; called on every rank.
+        loss_function: how a model is asked for its summed loss; `logits_loss` fits any module that returns logits.
+    Raises:
+        ConfigError: options that contradict each other or the data. TrainingError: see `train_step`.
+    """
+    if options is not None and values:
+        raise ConfigError(f"give options or their fields, not both ({', '.join(values)}).")
+    run = Trainer(model, data, options or TrainOptions.of(**values), validation, on_step, sample, loss_function)
+    return run.run()
+
+
+class Trainer:
+    """One run: what `train` does, step by step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: RowDataset,
+        options: TrainOptions,
+        validation: RowDataset | None = None,
+        on_step: Callable[[Numbers], None] | None = None,
+        sample: Callable[[nn.Module], str] | None = None,
+        loss_function: LossFunction = model_loss,
+    ) -> None:
+        self.model, self.data, self.options, self.validation = model, data, options, validation
+        self.on_step, self.sample, self.loss_function = on_step, sample, loss_function
+        self.parallel = parallel_of(model)
+        self.device = local_tensor(next(model.parameters())).device
+        self.feed = Feed(
+            data,
+            global_batch=options.batch_size,
+            seed=options.seed,
+            shard=data_shard(self.parallel.mesh),
+            micro_batches=options.grad_accum_steps,
+        )
+        self.steps = options.steps or (options.epochs or 1) * self.feed.batches_per_epoch
+        self.optimizer = make_optimizer(model, options)
+        self.first_step = self.step = self.total_tokens = 0
+        self.checkpoint: Path | None = None
+        self.drops = any(isinstance(module, Dropout) and module.p > 0 for module in model.modules())
+        self._check()
+
+    def _check(self) -> None:
+        if self.options.validate_steps and self.validation is None:
+            raise ConfigError(f"validate_steps={self.options.validate_steps} without validation data.")
+        if self.options.sample_steps and self.sample is None:
+            raise ConfigError(f"sample_steps={self.options.sample_steps} without a sample function.")
+
+    # ---- the run ------------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """Resume when asked to, then step until the end or a signal."""
+        self._begin()
+        last: Numbers | None = None
+        self.model.train()
+        with catch_interrupts() as interrupt:
+            writer = self._writer()
+            try:
+                stop: Interrupt | None = None
+                while self.step < self.steps and stop is None:
+                    last, stop = self._one_step(interrupt.pending)
+                    self._report(last, writer)
+                    if self.folder is not None and (stop is not None or self._due(self.options.checkpoint_steps)):
+                        self.save()
+            finally:
+                if writer is not None:
+                    writer.close()
+        return Outcome(self.step, self.steps, last, self.checkpoint, stop)
+
+    def _one_step(self, pending: Callable[[], int]) -> tuple[Numbers, Interrupt | None]:
+        """One optimizer step, what it cost, and whether any rank was asked to stop."""
+        start = time.perf_counter()
+        rate = learning_rate(self.step, self.steps, self.options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batches: list[TokenBatch] = [to_device(batch, self.device) for batch in self.feed.pieces(self.step)]
+        result = train_step(
+            self.model,
+            self.optimizer,
+            batches,
+            max_grad_norm=self.options.max_grad_norm or None,
+            loss_function=self.loss_function,
+            keys=self._dropout_keys(batches) if self.drops else None,
+            check_gradients=self.step == self.first_step,
+        )
+        self.step += 1
+        self.total_tokens += result.tokens
+        # Signals reach ranks at different moments: the largest of all ranks' numbers stops all of them together.
+        signal, memory = self._largest(pending(), peak_memory_bytes(self.device))
+        numbers = self._numbers(result, rate, time.perf_counter() - start, memory)
+        return numbers, Interrupt(signal) if signal else None
+
+    def _numbers(self, result: StepResult, rate: float, seconds: float, memory: int) -> Numbers:
+        return {
+            "step": self.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": rate,
+            "tokens": result.tokens,
+            "total_tokens": self.total_tokens,
+            "tokens_per_second": result.tokens / seconds,
+            "seconds": seconds,
+            "peak_memory_bytes": memory,
+        }
+
+    def _dropout_keys(self, batches: list[TokenBatch]) -> list[DropoutKey | None]:
+        """Names of the random bits: by step, and by place in the step's global batch."""
+        index, _ = self.feed.shard
+        rows, length = batches[0].input_ids.shape
+        first = index * len(batches) * rows * length
+        seed = self.options.seed * 1_000_003 + self.step
+        return [DropoutKey(seed, first + number * rows * length) for number in range(len(batches))]
+
+    def _largest(self, *values: int) -> list[int]:
+        if self.parallel.layout.world_size == 1:
+            return list(values)
+        both = torch.tensor(values, dtype=torch.int64, device=self.device)
+        dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        return [int(value) for value in both]
+
+    def _due(self, every: int | None) -> bool:
+        """Every so many steps, and at the end."""
+        return self.step == self.steps or (every is not None and self.step % every == 0)
+
+    def _report(self, numbers: Numbers, writer: MetricsWriter | None) -> None:
+        if self.options.validate_steps and self._due(self.options.validate_steps):
+            numbers["validation_loss"] = self.validate()
+        if writer is not None:
+            writer.write(numbers)
+        if self.on_step is not None:
+            self.on_step(numbers)
+        if self.options.sample_steps and self._due(self.options.sample_steps):
+            self._write_sample()
+
+    def validate(self) -> float:
+        """Mean loss over the validation rows."""
+        assert self.validation is not None
+        return evaluate(
+            self.model,
+            self.validation,
+            rows=self.options.validation_rows,
+            batch_size=self.options.batch_size,
+            device=self.device,
+            loss_function=self.loss_function,
+        )
+
+    def _write_sample(self) -> None:
+        assert self.sample is not None and self.options.output_path is not None
+        text = self.sample(self.model)
+        if self._is_first:
+            with open(Path(self.options.output_path) / SAMPLES, "a", encoding="utf-8") as file:
+                file.write(f"---- step {self.step}\n{text}\n")
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path | None:
+        """Where checkpoints are."""
+        return None if self.options.output_path is None else Path(self.options.output_path) / CHECKPOINTS
+
+    def _fingerprint(self) -> Numbers:
+        """What the data order depends on: a resumed run must have the same."""
+        chosen = {"seed": self.options.seed, "batch_size": self.options.batch_size}
+        return {**chosen, "seq_len": self.data.seq_len, "rows": len(self.data)}
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step. Collective."""
+        if self.folder is None:
+            raise ConfigError("a checkpoint needs output_path.")
+        self.checkpoint = save_training_state(
+            self.folder,
+            step=self.step,
+            model=self.model,
+            optimizer=self.optimizer,
+            numbers={"total_tokens": self.total_tokens, "data": self._fingerprint(), "steps": self.steps},
+            keep=self.options.keep_checkpoints,
+        )
+        return self.checkpoint
+
+    def _begin(self) -> None:
+        """A fresh folder, or the newest checkpoint in it."""
+        if self.folder is None:
+            return
+        found = latest_training_state(self.folder)
+        if self.options.resume == "never":
+            if found is not None or (self.folder.parent / METRICS).exists():
+                raise ConfigError(f"{self.folder.parent} holds a run already: resume=auto goes on with it, or name another.")
+        elif found is not None:
+            self.restore(found)
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint, which may come from another layout. Collective.
+
+        Raises:
+            TrainingError: it was trained on rows in another order.
+        """
+        numbers = load_training_state(path, self.model, self.optimizer)
+        then, now = numbers["data"], self._fingerprint()
+        if changed := [f"{name}: {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]]:
+            raise TrainingError(f"{path} cannot be continued, its data order would change: {'; '.join(changed)}.")
+        self.first_step = self.step = numbers["step"]
+        self.total_tokens, self.checkpoint = numbers["total_tokens"], path
+        logger.info("resumed from %s at step %d of %d", path, self.step, self.steps)
+
+    @property
+    def _is_first(self) -> bool:
+        return not dist.is_initialized() or dist.get_rank() == 0
+
+    def _writer(self) -> MetricsWriter | None:
+        if self.options.output_path is None or not self._is_first:
+            return None
+        return MetricsWriter(Path(self.options.output_path), self.step)

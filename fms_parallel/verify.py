@@ -1,0 +1,273 @@
+"""Prove a layout on your own model: loss, every gradient and one optimizer step against one process.
+
+    torchrun --nproc_per_node=4 -m fms_parallel.verify --factory fms_parallel.models:get_model \\
+        --architecture llama --variant micro --distributed fsdp=2,tp=2,sp --dtype fp64
+
+The factory is named as `module:callable`, so the library imports no model; flags that are not known here are passed to it
+(`--variant micro` becomes `variant="micro"`). It is called twice on every rank: with `distributed_strategy=LAYOUT` and
+with `distributed_strategy=None`; both must start from the same weights, as `get_model` does. Each rank then compares the
+boxes that it holds with the same boxes of the whole model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fms_parallel.cli import assignments, run
+from fms_parallel.errors import ConfigError
+from fms_parallel.layout import ParallelLayout
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+TOLERANCE = {"fp32": 1e-5, "fp64": 1e-12}
+"""Largest relative error: of the loss, and of each tensor as max |a - b| / max |b|."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compared, and the worst of it.
+
+    Attributes:
+        loss, reference_loss: mean per token. loss_error, gradient_error, update_error: relative, the worst tensor's.
+        worst_gradient, worst_update: which tensor that was. tensors: compared.
+    """
+
+    layout: str
+    dtype: str
+    loss: float
+    reference_loss: float
+    loss_error: float
+    gradient_error: float
+    worst_gradient: str
+    update_error: float
+    worst_update: str
+    norm_error: float
+    tensors: int
+
+    @property
+    def worst(self) -> float:
+        """The largest of all errors; NaN when one is."""
+        errors = (self.loss_error, self.gradient_error, self.update_error, self.norm_error)
+        return max(errors) if all(error == error for error in errors) else float("nan")
+
+
+def verify(
+    factory: Callable[..., nn.Module],
+    layout: ParallelLayout,
+    *,
+    dtype: str = "fp32",
+    batch_size: int = 8,
+    seq_len: int = 32,
+    vocab_size: int | None = None,
+    seed: int = 0,
+    **arguments: Any,
+) -> Report:
+    """Compare `layout` with one process. Collective: every rank of the layout calls it alike.
+
+    Args:
+        factory: called with `distributed_strategy=` and `arguments`; returns a model that `model_loss` can train.
+        batch_size: global rows, with some labels left out. vocab_size: of the random tokens; None asks the config.
+    Raises:
+        ConfigError: rows that do not divide, a dtype without a tolerance, a model without a vocabulary size.
+    """
+    if dtype not in TOLERANCE:
+        raise ConfigError(f"dtype {dtype!r}: exactness is defined for {', '.join(TOLERANCE)}.")
+    layout = replace(layout, precision=dtype)
+    reference = factory(distributed_strategy=ParallelLayout(precision=dtype), **arguments)
+    model = factory(distributed_strategy=layout, **arguments)
+    vocab_size = vocab_size or getattr(getattr(reference, "config", None), "vocab_size", None)
+    if vocab_size is None:
+        raise ConfigError("the model has no config.vocab_size: give --vocab_size.")
+    rows = _rows(batch_size, seq_len, vocab_size, seed)
+    expected, got = _one_step(reference, rows, seed), _one_step(model, rows, seed)
+    gradient, worst_gradient = _worst(expected.gradients, got.gradients)
+    update, worst_update = _worst(expected.weights, got.weights)
+    return Report(
+        layout=str(layout),
+        dtype=dtype,
+        loss=got.loss,
+        reference_loss=expected.loss,
+        loss_error=abs(got.loss - expected.loss) / abs(expected.loss),
+        gradient_error=gradient,
+        worst_gradient=worst_gradient,
+        update_error=update,
+        worst_update=worst_update,
+        norm_error=abs(got.norm - expected.norm) / expected.norm,
+        tensors=len(got.gradients),
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step's outcome: mean loss, gradient norm, and by name what this rank holds of gradients and new weights."""
+
+    loss: float
+    norm: float
+    gradients: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+
+
+def _rows(batch_size: int, seq_len: int, vocab: int, seed: int) -> Any:
+    """Random rows; every seventh label is left out, so that the token count matters."""
+    import torch
+
+    from fms_parallel.data.feed import Batch
+    from fms_parallel.data.rows import IGNORE
+
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocab, (batch_size, seq_len + 1), generator=generator)
+    labels = tokens[:, 1:].clone()
+    labels.view(-1)[:: 7 + seed % 3] = IGNORE
+    return Batch(tokens[:, :-1], labels)
+
+
+def _one_step(model: nn.Module, rows: Any, seed: int) -> Step:
+    """Forward, backward and one AdamW step over this rank's rows."""
+    from fms_parallel.data.feed import Batch
+    from fms_parallel.distributed.mesh import data_shard
+    from fms_parallel.modules.dropout import Dropout
+    from fms_parallel.modules.sequences import DropoutKey
+    from fms_parallel.strategy.base import parallel_of
+    from fms_parallel.training.optimizer import make_optimizer
+    from fms_parallel.training.options import TrainOptions
+    from fms_parallel.training.step import train_step
+
+    index, count = data_shard(parallel_of(model).mesh)
+    if len(rows.input_ids) % count:
+        raise ConfigError(f"{len(rows.input_ids)} rows do not divide over {count} ranks that read different rows.")
+    per_rank = len(rows.input_ids) // count
+    mine = slice(index * per_rank, (index + 1) * per_rank)
+    batch = Batch(rows.input_ids[mine], rows.labels[mine])
+    drops = any(isinstance(module, Dropout) and module.p > 0 for module in model.modules())
+    keys = [DropoutKey(seed, batch.input_ids.numel() * index)] if drops else None
+    model.train()
+    optimizer = make_optimizer(model, TrainOptions(lr=1e-3))
+    result = train_step(model, optimizer, [batch], max_grad_norm=None, keys=keys, check_gradients=True)
+    parameters = dict(model.named_parameters())
+    return Step(result.loss, result.grad_norm, {n: p.grad for n, p in parameters.items() if p.grad is not None}, parameters)
+
+
+def _worst(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> tuple[float, str]:
+    """The largest relative error over all tensors and ranks, and the tensor's name.
+
+    Scaled by each tensor's largest element, but never by less than a thousandth of the largest of all tensors: a
+    gradient that is zero in exact arithmetic (a key's bias) is nothing but rounding in both.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from fms_parallel.distributed.boxes import local_box, local_tensor
+
+    if expected.keys() != got.keys():
+        raise ConfigError(f"the two models have other tensors: {sorted(expected.keys() ^ got.keys())[:5]}.")
+    floor = 1e-3 * max(float(whole.detach().abs().max()) for whole in expected.values())
+    errors = []
+    for name, whole in expected.items():
+        mine, whole = local_tensor(got[name]).detach(), whole.detach()
+        gap = (mine - whole[local_box(got[name]).slices]).abs()
+        errors.append(float(gap.max()) / max(float(whole.abs().max()), floor) if gap.numel() else 0.0)
+    gathered = torch.tensor(errors, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(gathered, op=dist.ReduceOp.MAX)
+    index = int(gathered.argmax())  # NaN counts as the largest
+    return float(gathered[index]), list(expected)[index]
+
+
+# ---- command line -----------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag; others go to the factory."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fms_parallel.verify",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Any other `--name value` is passed to the factory.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--factory", required=True, help="module:callable that makes the model")
+    parser.add_argument("--distributed", required=True, help='the layout, such as "fsdp=2,tp=2,sp"')
+    parser.add_argument("--dtype", default="fp32", choices=tuple(TOLERANCE), help="(default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=8, help="global rows (default: %(default)s)")
+    parser.add_argument("--seq_len", type=int, default=32, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--vocab_size", type=int, help="of the random tokens (default: the model's)")
+    parser.add_argument("--seed", type=int, default=0, help="of tokens and dropout (default: %(default)s)")
+    parser.add_argument("--tolerance", type=float, help=f"(default: {TOLERANCE})")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds until a silent rank is given up")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """0 when every error is within the tolerance, 1 otherwise."""
+    args, others = build_parser().parse_known_args(words)
+    layout = ParallelLayout.parse(args.distributed).resolve(
+        int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    )
+    arguments = _factory_arguments(others)
+    factory = load_factory(args.factory)
+
+    from fms_parallel.distributed.start import process_group
+
+    numbers = {name: getattr(args, name) for name in ("dtype", "batch_size", "seq_len", "vocab_size", "seed")}
+    with process_group("cpu", args.timeout) as launch:
+        report = verify(factory, layout, **numbers, **arguments)
+    tolerance = TOLERANCE[args.dtype] if args.tolerance is None else args.tolerance
+    exact = report.worst <= tolerance
+    if launch.rank == 0:
+        sys.stdout.write(_as_json(report, tolerance, exact) if args.json else _as_text(report, tolerance, exact))
+    return 0 if exact else 1
+
+
+def load_factory(name: str) -> Callable[..., nn.Module]:
+    """The callable of `module:callable`.
+
+    Raises:
+        ConfigError: not of that form, no such module, or nothing callable of that name in it.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ConfigError(f"--factory {name!r}: write module:callable, as in fms_parallel.models:get_model.")
+    sys.path.insert(0, "")  # `python -m` has it, torchrun's workers do not always
+    try:
+        found = getattr(import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--factory {name!r}: {error}.") from None
+    if not callable(found):
+        raise ConfigError(f"--factory {name!r}: {module} has nothing callable named {attribute!r}.")
+    return found  # type: ignore[no-any-return]
+
+
+def _factory_arguments(words: Sequence[str]) -> dict[str, Any]:
+    """`--variant micro --layers 2` -> `{"variant": "micro", "layers": 2}`."""
+    if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
+        raise ConfigError(f"cannot read {' '.join(words)!r}: flags for the factory come as --name value.")
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return assignments([f"{name.removeprefix('--')}={value}" for name, value in pairs], "factory flags")
+
+
+def _as_json(report: Report, tolerance: float, exact: bool) -> str:
+    return json.dumps({**asdict(report), "worst": report.worst, "tolerance": tolerance, "exact": exact}) + "\n"
+
+
+def _as_text(report: Report, tolerance: float, exact: bool) -> str:
+    return (
+        f"{report.layout} against one process, {report.tensors} parameters:\n"
+        f"  loss      {report.loss:.9f}  relative error {report.loss_error:.1e}\n"
+        f"  gradients {report.gradient_error:.1e}  worst: {report.worst_gradient}\n"
+        f"  norm      {report.norm_error:.1e}\n"
+        f"  one step  {report.update_error:.1e}  worst: {report.worst_update}\n"
+        f"{'exact' if exact else 'NOT EXACT'}: worst {report.worst:.1e}, tolerance {tolerance:.0e}\n"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
