@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-12}
 """Largest relative error: of the loss, and of each tensor as max |a - b| / max |b|."""
 
+EPSILON = 1e-4
+"""Of AdamW here. Its first update is g / (|g| + eps): the usual 1e-8 would turn the rounding of a gradient near zero into
+a whole step, in one process as well.
+"""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -150,6 +155,8 @@ def _one_step(model: nn.Module, rows: Any, seed: int) -> Step:
     keys = [DropoutKey(seed, batch.input_ids.numel() * index)] if drops else None
     model.train()
     optimizer = make_optimizer(model, TrainOptions(lr=1e-3))
+    for group in optimizer.param_groups:
+        group["eps"] = EPSILON
     result = train_step(model, optimizer, [batch], max_grad_norm=None, keys=keys, check_gradients=True)
     parameters = dict(model.named_parameters())
     return Step(result.loss, result.grad_norm, {n: p.grad for n, p in parameters.items() if p.grad is not None}, parameters)

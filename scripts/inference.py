@@ -1,7 +1,7 @@
 """Continue prompts with a model, over any layout.
 
-    python scripts/inference.py --run runs/demo --prompt "def "                           a run of train_causal.py
-    torchrun --nproc_per_node=2 scripts/inference.py --run runs/demo --distributed tp=2 --prompt "def "
+    python scripts/inference.py --run_folder runs/demo --prompt "def "                           a run of train_causal.py
+    torchrun --nproc_per_node=2 scripts/inference.py --run_folder runs/demo --distributed tp=2 --prompt "def "
     python scripts/inference.py --variant 3.2-1b --model_path FOLDER --tokenizer FOLDER --prompt "Once"
 
 Every rank makes the same tokens; rank 0 prints them.
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Every flag."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model")
-    model.add_argument("--run", help="folder of a training run: gives architecture, tokenizer and newest checkpoint")
+    model.add_argument("--run_folder", help="folder of a training run: gives architecture, tokenizer and newest checkpoint")
     model.add_argument("--architecture", default="llama", help="(default: %(default)s)")
     model.add_argument("--variant", default="micro", help="(default: %(default)s)")
     model.add_argument("--override", action="append", default=[], metavar="FIELD=VALUE", help="replace a config field")
@@ -60,20 +60,20 @@ def main() -> int:
     overrides = assignments(args.override, "--override")
     if not args.prompt:
         raise ConfigError("nothing to continue: give --prompt TEXT.")
-    if args.run is not None:
+    if args.run_folder is not None:
         overrides = read_run(args) | overrides
     elif args.model_path is None:
-        raise ConfigError("no weights: give --run FOLDER (a training run) or --model_path.")
+        raise ConfigError("no weights: give --run_folder FOLDER (of a training run) or --model_path.")
     return generate_with(args, layout, overrides)
 
 
 def read_run(args: argparse.Namespace) -> dict[str, Any]:
     """Take architecture, variant and tokenizer from a run's run.json; returns its config overrides."""
     if args.model_path is not None:
-        raise ConfigError("--run and --model_path both name weights: give one of them.")
-    file = Path(args.run) / "run.json"
+        raise ConfigError("--run_folder and --model_path both name weights: give one of them.")
+    file = Path(args.run_folder) / "run.json"
     if not file.is_file():
-        raise CheckpointError(f"{file} is missing: {args.run} is not the --output_path of a training run.")
+        raise CheckpointError(f"{file} is missing: {args.run_folder} is not the --output_path of a training run.")
     known = json.loads(file.read_text(encoding="utf-8"))
     args.architecture, args.variant = known["architecture"], known["variant"]
     args.tokenizer = args.tokenizer or known["tokenizer"]
@@ -92,7 +92,7 @@ def generate_with(args: argparse.Namespace, layout: ParallelLayout, overrides: d
     config = get_config(args.architecture, args.variant, **overrides)
     check_vocab(tokenizer, config.vocab_size)
     layout.validate(config.shape())
-    checkpoint = None if args.run is None else newest_checkpoint(Path(args.run))
+    checkpoint = None if args.run_folder is None else newest_checkpoint(Path(args.run_folder))
     words: dict[str, Any] = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
     with process_group(args.device_type, args.timeout) as launch:
         model = get_model(

@@ -216,7 +216,7 @@ class Progress:
 
 
 def write_run(args: argparse.Namespace, options: TrainOptions, layout: ParallelLayout, overrides: dict[str, Any]) -> None:
-    """What `inference.py --run` needs to build the model again, in any layout."""
+    """What `inference.py --run_folder` needs to build the model again, in any layout."""
     if options.output_path is None:
         return
     folder = Path(options.output_path)

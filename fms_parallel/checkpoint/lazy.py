@@ -37,7 +37,8 @@ class LazyTensor(ABC):
             CheckpointError: the box lies outside the tensor, or the file behind it can no longer be read.
         """
         ends = [start + count for start, count in zip(box.offset, box.size, strict=True)]
-        if len(ends) != len(self.shape) or any(end > n for end, n in zip(ends, self.shape, strict=True)):
+        outside = len(ends) != len(self.shape) or any(end > n for end, n in zip(ends, self.shape, strict=True))
+        if outside or min((*box.offset, *box.size), default=0) < 0:
             raise CheckpointError(
                 f"box at {box.offset} of size {box.size} lies outside a tensor of shape {self.shape}."
             )

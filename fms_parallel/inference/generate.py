@@ -118,10 +118,10 @@ def generate_text(model: nn.Module, tokenizer: Tokenizer, prompts: str | Sequenc
     if vocab is not None:
         check_vocab(tokenizer, vocab)
     options.setdefault("eos_id", tokenizer.eos_id)
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = [prompts] if isinstance(prompts, str) else prompts
     ids = [tokenizer.encode(text, bos=tokenizer.bos_id is not None) for text in texts]
-    endings = Endings.read(options["eos_id"], options.get("stop", ()))
     rows = generate(model, ids, **options)
+    endings = Endings.read(options["eos_id"], options.get("stop", ()))
     return [_text_behind(tokenizer, *pair, endings) for pair in zip(ids, rows, strict=True)]
 
 
@@ -136,21 +136,15 @@ def _text_behind(tokenizer: Tokenizer, prompt: list[int], new: list[int], ending
 
 
 def _continue(model: nn.Module, request: Request, ranks: SameOnAllRanks) -> list[list[int]]:
-    """One forward per step for all rows, until each has ended; `NOT_FINITE` from the first rank stops all ranks."""
-    width, device = request.width, ranks.device
-    padding = torch.tensor([width - len(prompt) for prompt in request.prompts], device=device)
-    ids = torch.zeros(len(request.prompts), width + request.max_new_tokens, dtype=torch.int64, device=device)
-    for row, prompt in enumerate(request.prompts):
-        ids[row, width - len(prompt) : width] = torch.tensor(prompt)
-    ragged = len(set(map(len, request.prompts))) > 1
-    cache = KVCache(width + request.max_new_tokens - 1) if request.use_cache else None
-
+    """One forward of all rows per step, until every row has ended."""
+    ids, padding = _left_padded(request, ranks.device)
+    cache = KVCache(request.width + request.max_new_tokens - 1) if request.use_cache else None
     rows: list[list[int]] = [[] for _ in request.prompts]
     running = set(range(len(rows)))
     start = 0
     for step in range(request.max_new_tokens):
-        end = width + step
-        columns = Columns(start, end, padding) if ragged else None
+        end = request.width + step
+        columns = None if padding is None else Columns(start, end, padding)
         logits = model(
             ids[:, start:end],
             positions=columns.positions() if columns else None,
@@ -160,19 +154,28 @@ def _continue(model: nn.Module, request: Request, ranks: SameOnAllRanks) -> list
             last=1,
         )
         tokens = ranks.first(request.sampling.choose(logits[:, -1], step))
-        ids[:, end] = tokens
-        for row, token in enumerate(tokens.tolist()):
-            if row not in running:
-                continue
-            if token == NOT_FINITE:
+        ids[:, end] = tokens.clamp(min=0)  # a row that has ended may be given anything, NOT_FINITE too
+        chosen = tokens.tolist()
+        for row in sorted(running):
+            if chosen[row] == NOT_FINITE:
                 raise FmsError(f"the logits of row {row} are NaN or infinite at new token {step}: check the weights.")
-            rows[row].append(token)
+            rows[row].append(chosen[row])
             if request.endings.of(rows[row]):
-                running.discard(row)
+                running.remove(row)
         if not running:
             break
-        start = end if request.use_cache else 0
+        start = end if cache is not None else 0
     return rows
+
+
+def _left_padded(request: Request, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Ids `[B, longest prompt + max_new_tokens]` and each row's padding `[B]`, None when no row has any."""
+    width = request.width
+    ids = torch.zeros(len(request.prompts), width + request.max_new_tokens, dtype=torch.int64)
+    for row, prompt in enumerate(request.prompts):
+        ids[row, width - len(prompt) : width] = torch.tensor(prompt)
+    padding = torch.tensor([width - len(prompt) for prompt in request.prompts])
+    return ids.to(device), padding.to(device) if padding.any() else None
 
 
 class Columns(NamedTuple):

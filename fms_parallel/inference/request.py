@@ -34,7 +34,7 @@ class Endings:
     def read(cls, eos_id: int | Collection[int] | None, stop: Sequence[Sequence[int]]) -> Endings:
         """From what a caller passes. Raises ConfigError on something that is not token ids."""
         eos = () if eos_id is None else _ids("eos_id", eos_id if isinstance(eos_id, Collection) else [eos_id])
-        return cls(frozenset(eos), _rows("stop", stop))
+        return cls(frozenset(eos), _rows("stop sequence", stop))
 
     def __post_init__(self) -> None:
         for number, sequence in enumerate(self.stop):

@@ -88,6 +88,7 @@ def generate_layer_plan(
             raise LayoutError(f"pattern {pattern!r}: {unknown('word of a tensor plan', str(word), WORDS)}")
     modules = {name: module for name, module in model.named_modules() if name}
     matched = _match(list(modules), patterns)
+    _warn_of_dropout(modules)
     door = Door()
     plan: dict[str, ParallelStyle] = {}
     for name, module in model.named_modules():
@@ -98,9 +99,13 @@ def generate_layer_plan(
                     f"pattern {matched[name]!r} matches {name}, which a twin cuts already: make it narrower."
                 )
             plan[name] = _style(name, module, patterns[matched[name]], sp, door, recurse)
-        elif not _has_twin(model, name) and any(True for _ in module.parameters(recurse=False)):
+        elif not _has_twin(model, name) and (_owns_parameters(module) or (sp and not name)):
             plan[name] = ReplicateStyle(name, sp, door, recurse)
     return plan
+
+
+def _owns_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
 
 
 def _is_below(name: str, other: str) -> bool:
@@ -120,6 +125,17 @@ def _match(names: list[str], patterns: Mapping[str, str | ParallelStyle]) -> dic
             nearest = difflib.get_close_matches(pattern.replace("\\", ""), names, n=1, cutoff=0.0)
             _logger.warning("pattern %r matches no module; the nearest name is %r.", pattern, *nearest or [""])
     return found
+
+
+def _warn_of_dropout(modules: Mapping[str, nn.Module]) -> None:
+    """torch's dropout draws from each rank's own generator; ours (`modules/dropout.py`) does not."""
+    names = [name for name, m in modules.items() if isinstance(m, nn.Dropout) and m.p > 0 and m.training]
+    if names:
+        _logger.warning(
+            "%d torch dropouts (%s, ...) draw other elements in every layout; use fms_parallel's Dropout, or p=0.",
+            len(names),
+            names[0],
+        )
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

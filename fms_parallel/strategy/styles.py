@@ -70,6 +70,15 @@ def _whole(x: Any) -> Any:
     return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()])
 
 
+def _plain(out: Any) -> Any:
+    """What a model returns, as plain tensors: nobody outside has to know of the cut."""
+    if isinstance(out, dict):  # transformers' outputs are dicts that also have attributes
+        for key, value in out.items():
+            out[key] = _plain(value)
+        return out
+    return type(out)(map(_plain, out)) if type(out) in (tuple, list) else _whole(out)
+
+
 class PlannedStyle(ParallelStyle):
     """What all words have in common.
 
@@ -290,16 +299,17 @@ class ReplicateStyle(OnEveryRank):
         return Replicate()
 
     def run(self, module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not self.recurse:  # parameters of its own around modules that are cut: with sp they stay DTensors
-            if self.sp:
-                return inner(*args, **kwargs)
+        if not self.recurse and self.sp:  # around modules that are cut: parameters of its own meet a DTensor residual
+            out = inner(*args, **kwargs)
+            return out if self.name else _plain(out)
+        if not self.recurse:
             with self.plain_parameters(module):
                 return inner(*args, **kwargs)
         given = (*args, *kwargs.values())
         residual = self.sp and (isinstance(module, nn.Embedding) or any(isinstance(value, DTensor) for value in given))
         with self.plain_parameters(module):
             out = inner(*map(_whole, args), **{name: _whole(value) for name, value in kwargs.items()})
-        if residual and isinstance(out, Tensor):
+        if self.name and residual and isinstance(out, Tensor):
             return DTensor.from_local(out, self.mesh, [Replicate()], run_check=False)
         return out
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fms_parallel.checkpoint.agree import on_every_rank
 from fms_parallel.checkpoint.training_state import latest_training_state, load_training_state, save_training_state
 from fms_parallel.data.feed import Feed
 from fms_parallel.data.rows import RowDataset
@@ -256,11 +257,13 @@ class Trainer:
         """A fresh folder, or the newest checkpoint in it."""
         if self.folder is None:
             return
-        found = latest_training_state(self.folder)
-        if self.options.resume == "never":
-            if found is not None or (self.folder.parent / METRICS).exists():
+        # All ranks have looked before one of them writes here.
+        with on_every_rank(f"looking into {self.folder}"):
+            found = latest_training_state(self.folder)
+            taken = found is not None or (self.folder.parent / METRICS).exists()
+            if taken and self.options.resume == "never":
                 raise ConfigError(f"{self.folder.parent} holds a run already: resume=auto goes on with it, or name another.")
-        elif found is not None:
+        if found is not None:
             self.restore(found)
 
     def restore(self, path: Path) -> None:

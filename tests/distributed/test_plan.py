@@ -105,6 +105,13 @@ PATTERNS = {
     r"head": "colwise_gather",
     r"(.*\.)?norm\d?": "sequence",
 }
+
+
+def without(*patterns: str) -> dict[str, str]:
+    """`PATTERNS` less some."""
+    return {pattern: word for pattern, word in PATTERNS.items() if pattern not in patterns}
+
+
 MQA = {r"blocks\.\d+\.attn\.q": "colwise", r"blocks\.\d+\.attn\.[kv]": "copied"} | dict(list(PATTERNS.items())[1:])
 QK_NORM = PATTERNS | {r".*q_norm": "partial"}
 
@@ -115,6 +122,8 @@ CASES = {
     "post-norm": (Toy(post_norm=True), PATTERNS),
     "one kv head": (Toy(kv_heads=1), MQA),
     "query norm": (Toy(qk_norm=True), QK_NORM),
+    "embedding and head on every rank": (Toy(), without("embed", "head")),
+    "only matrices": (Toy(), without(r"(.*\.)?norm\d?", "head", "embed")),
     "padding row": (Toy(padding=3), PATTERNS),
     "padding row counted from the end": (Toy(padding=-1, tied=True), PATTERNS),
 }
@@ -205,12 +214,12 @@ def test_gradients_and_step_equal_one_process() -> None:
     assert_close(run_ranks(compare_toys, 2, ["tp=2", "tp=2,sp"], list(CASES)))
 
 
+def test_gradients_with_recomputation_equal_one_process() -> None:
+    assert_close(run_ranks(compare_toys, 2, ["tp=2,recompute=full", "tp=2,sp,recompute=full"], ["plain"]))
+
+
 def test_plan_composes_with_fsdp() -> None:
     assert_close(run_ranks(compare_toys, 4, ["fsdp=2,tp=2", "fsdp=2,tp=2,sp", "tp=4,sp"], ["plain", "tied"]))
-
-
-def without(*patterns: str) -> dict[str, str]:
-    return {pattern: word for pattern, word in PATTERNS.items() if pattern not in patterns}
 
 
 REFUSED: dict[str, tuple[Toy, dict[str, str], str, bool, str]] = {
@@ -243,7 +252,13 @@ REFUSED: dict[str, tuple[Toy, dict[str, str], str, bool, str]] = {
         r"embed\.weight and head\.weight are one parameter but are cut differently",
     ),
     "sp in the layout only": (Toy(), PATTERNS, "tp=2,sp", False, "the layout has sp=True, the plan was made without"),
-    "sp without a cut embedding": (Toy(), without("embed", r"(.*\.)?norm\d?"), "tp=2,sp", True, "rowwise_embedding"),
+    "a norm of this rank's heads taken for one of tokens": (
+        Toy(qk_norm=True),
+        PATTERNS | {r".*q_norm": "sequence"},
+        "tp=2,sp",
+        True,
+        r"q_norm: with sp a 'sequence' module reads the residual",
+    ),
 }
 
 

@@ -1,0 +1,48 @@
+"""Models that the tests generate with."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fms_parallel.layout import ParallelLayout
+from fms_parallel.models.llama import LLaMA, LLaMAConfig
+from fms_parallel.strategy.compose import compose
+
+PROMPTS = [[1, 2, 3, 4, 5], [7, 8], [9]]
+"""Rows of unequal length; the second is as long as a model of 2 kv heads has heads, the third as one of 1."""
+
+
+def tiny_llama(kv_heads: int = 2, layout: str = "", **config: Any) -> nn.Module:
+    """The same global weights in every layout; initial weights are large, so that tokens are well apart."""
+    sizes = {"vocab_size": 37, "width": 32, "layers": 2, "heads": 4, "ffn_width": 48, "max_positions": 64, "std": 0.4}
+    with torch.device("meta"):
+        model = LLaMA(LLaMAConfig(kv_heads=kv_heads, **sizes | config))
+    return compose(model, ParallelLayout.parse(layout), seed=0)
+
+
+class Counting(nn.Module):
+    """After token t comes t + 1, by far the likeliest; `forwards` counts the calls."""
+
+    def __init__(self, vocab: int = 50, max_positions: int = 1000) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=vocab, max_positions=max_positions)
+        self.forwards = 0
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        first_position: int = 0,
+        mask: Tensor | None = None,
+        cache: Any = None,
+        last: int | None = None,
+    ) -> Tensor:
+        self.forwards += 1
+        vocab = self.config.vocab_size
+        return 100.0 * F.one_hot((input_ids[:, -1:] + 1) % vocab, vocab)
