@@ -64,18 +64,3 @@ def replicate(module: nn.Module, mesh: DeviceMesh, **policies: Any) -> None:
     from torch.distributed._composable.replicate_with_fsdp import replicate as torch_replicate
 
     torch_replicate(module, mesh=mesh, **policies)
-
-
-def sum_instead_of_premul(module: nn.Module) -> None:
-    """Let FSDP2 divide gradients itself: gloo has no PREMUL_SUM, which an explicit divide factor would pick."""
-    module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
-
-
-def memory_is_filled() -> bool:
-    """Whether torch fills new memory with NaN (deterministic mode): the poison that the tests use."""
-    return torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
-
-
-def queue_backward_callback(callback: Callable[[], None]) -> None:
-    """Run `callback` when the running backward pass ends."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]

@@ -35,6 +35,9 @@ EPSILON = 1e-4
 a whole step, in one process as well.
 """
 
+NUMBERS = ("dtype", "batch_size", "seq_len", "vocab_size", "grad_accum_steps", "seed")
+"""Flags that are arguments of `verify`."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -72,6 +75,7 @@ def verify(
     batch_size: int = 8,
     seq_len: int = 32,
     vocab_size: int | None = None,
+    grad_accum_steps: int = 1,
     seed: int = 0,
     **arguments: Any,
 ) -> Report:
@@ -80,6 +84,7 @@ def verify(
     Args:
         factory: called with `distributed_strategy=` and `arguments`; returns a model that `model_loss` can train.
         batch_size: global rows, with some labels left out. vocab_size: of the random tokens; None asks the config.
+        grad_accum_steps: micro-batches that each rank of the layout works on its rows in.
     Raises:
         ConfigError: rows that do not divide, a dtype without a tolerance, a model without a vocabulary size.
     """
@@ -92,7 +97,7 @@ def verify(
     if vocab_size is None:
         raise ConfigError("the model has no config.vocab_size: give --vocab_size.")
     rows = _rows(batch_size, seq_len, vocab_size, seed)
-    expected, got = _one_step(reference, rows, seed), _one_step(model, rows, seed)
+    expected, got = _one_step(reference, rows, seed, 1), _one_step(model, rows, seed, grad_accum_steps)
     gradient, worst_gradient = _worst(expected.gradients, got.gradients)
     update, worst_update = _worst(expected.weights, got.weights)
     return Report(
@@ -134,30 +139,29 @@ def _rows(batch_size: int, seq_len: int, vocab: int, seed: int) -> Any:
     return Batch(tokens[:, :-1], labels)
 
 
-def _one_step(model: nn.Module, rows: Any, seed: int) -> Step:
-    """Forward, backward and one AdamW step over this rank's rows."""
+def _one_step(model: nn.Module, rows: Any, seed: int, pieces: int) -> Step:
+    """Forward, backward and one AdamW step over this rank's rows, worked on in so many pieces."""
     from fms_parallel.data.feed import Batch
     from fms_parallel.distributed.mesh import data_shard
     from fms_parallel.modules.dropout import Dropout
-    from fms_parallel.modules.sequences import DropoutKey
     from fms_parallel.strategy.base import parallel_of
     from fms_parallel.training.optimizer import make_optimizer
     from fms_parallel.training.options import TrainOptions
-    from fms_parallel.training.step import train_step
+    from fms_parallel.training.step import dropout_keys, train_step
 
     index, count = data_shard(parallel_of(model).mesh)
-    if len(rows.input_ids) % count:
-        raise ConfigError(f"{len(rows.input_ids)} rows do not divide over {count} ranks that read different rows.")
+    if len(rows.input_ids) % (count * pieces):
+        raise ConfigError(f"{len(rows.input_ids)} rows do not divide into {count} shards x {pieces} micro-batches.")
     per_rank = len(rows.input_ids) // count
     mine = slice(index * per_rank, (index + 1) * per_rank)
-    batch = Batch(rows.input_ids[mine], rows.labels[mine])
+    batches = list(Batch(rows.input_ids[mine], rows.labels[mine]).split(pieces))
     drops = any(isinstance(module, Dropout) and module.p > 0 for module in model.modules())
-    keys = [DropoutKey(seed, batch.input_ids.numel() * index)] if drops else None
+    keys = dropout_keys(batches, seed, index) if drops else None
     model.train()
     optimizer = make_optimizer(model, TrainOptions(lr=1e-3))
     for group in optimizer.param_groups:
         group["eps"] = EPSILON
-    result = train_step(model, optimizer, [batch], max_grad_norm=None, keys=keys, check_gradients=True)
+    result = train_step(model, optimizer, batches, max_grad_norm=None, keys=keys, check_gradients=True)
     parameters = dict(model.named_parameters())
     return Step(result.loss, result.grad_norm, {n: p.grad for n, p in parameters.items() if p.grad is not None}, parameters)
 
@@ -205,6 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="fp32", choices=tuple(TOLERANCE), help="(default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help="global rows (default: %(default)s)")
     parser.add_argument("--seq_len", type=int, default=32, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--grad_accum_steps", type=int, default=1, help="micro-batches per rank (default: %(default)s)")
     parser.add_argument("--vocab_size", type=int, help="of the random tokens (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="of tokens and dropout (default: %(default)s)")
     parser.add_argument("--tolerance", type=float, help=f"(default: {TOLERANCE})")
@@ -224,7 +229,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
     from fms_parallel.distributed.start import process_group
 
-    numbers = {name: getattr(args, name) for name in ("dtype", "batch_size", "seq_len", "vocab_size", "seed")}
+    numbers = {name: getattr(args, name) for name in NUMBERS}
     with process_group("cpu", args.timeout) as launch:
         report = verify(factory, layout, **numbers, **arguments)
     tolerance = TOLERANCE[args.dtype] if args.tolerance is None else args.tolerance

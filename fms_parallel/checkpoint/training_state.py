@@ -77,12 +77,12 @@ def save_training_state(
             the earlier ones are as they were. (A rank that failed otherwise keeps its own exception.)
     """
     folder, rank = Path(folder), rank_and_world()[0]
-    final = folder / f"step-{step:08d}"
-    partial = final.with_name(final.name + PARTIAL)
-    with on_every_rank(f"preparing {partial}"):
+    with on_every_rank(f"saving step {step} in {folder}"):
         text = _checked_numbers(step, numbers, keep)
         state, stateless = named_state(model, optimizer)
         tensors = {**named_weights(model), **state}
+        final = folder / f"step-{step:08d}"
+        partial = folder / f"{final.name}{PARTIAL}"
     _agree("step and numbers", (step, text))
     try:
         _write_tensors(partial, tensors)
@@ -287,8 +287,10 @@ def _opened(path: Path, verify: bool) -> Manifest:
 
 def _stored(path: Path) -> dict[str, Stored]:
     """Shape and dtype of every tensor in the checkpoint."""
-    with _torch_checkpoint(f"reading {path}"):
+    try:
         entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    except Exception as error:  # unpickling what is no pickle raises anything
+        raise CheckpointError(f"{path}/.metadata cannot be read: {error!r}.") from error
     return {
         key: Stored(tuple(entry.size), entry.properties.dtype)
         for key, entry in entries.items()

@@ -11,9 +11,9 @@ SHOWN = 10
 
 
 def listed(kind: str, keys: Sequence[str]) -> str:
-    """`2 missing: a, b`, or the first ten and how many more there are."""
+    """`missing (2): a, b`, or the first ten and how many more there are."""
     more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return f"{len(keys)} {kind}: {', '.join(keys[:SHOWN])}{more}"
+    return f"{kind} ({len(keys)}): {', '.join(keys[:SHOWN])}{more}"
 
 
 def refuse_misfits(source: str, misfits: Mapping[str, Sequence[str]]) -> None:

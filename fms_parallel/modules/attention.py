@@ -155,7 +155,7 @@ class Attention(nn.Module):
 class FusedQKV(nn.Module):
     """Query, key and value in one parameter, grouped so that cutting dim 0 cuts whole groups.
 
-        group g: [ q_0 .. q_{H/K-1} | k | v ], each D rows of width E
+    group g: [ q_0 .. q_{H/K-1} | k | v ], each D rows of width E
     """
 
     def __init__(self, shape: AttentionShape) -> None:
@@ -181,7 +181,8 @@ class TPAttention(TPModule, Attention):
         names: dict[str, Placement] = {"query": Shard(0), "key": kv, "value": kv, "qkv": kv}
         cut = {f"{name}.{kind}": placement for name, placement in names.items() for kind in ("weight", "bias")}
         # A row-parallel bias is added once, after the sum, so every rank holds it.
-        return cut | {"out.weight": Shard(1), "out.bias": Replicate(), "query_norm": Replicate(), "key_norm": Replicate()}
+        whole = dict.fromkeys(("out.bias", "query_norm", "key_norm"), Replicate())
+        return cut | whole | {"out.weight": Shard(1)}
 
     @property
     def kv_copied(self) -> bool:
@@ -191,7 +192,10 @@ class TPAttention(TPModule, Attention):
     def adopted(self) -> None:
         heads, kv, tp = self.shape.heads, self.shape.kv_heads, self.axis.size
         if heads % tp or (kv % tp and tp % kv):
-            raise LayoutError(f"tp={tp} cannot cut {heads} heads with {kv} kv heads: tp must divide the heads, and kv heads and tp one another.")
+            raise LayoutError(
+                f"tp={tp} cannot cut {heads} heads with {kv} kv heads: tp must divide the heads, and kv heads and tp "
+                "one another."
+            )
 
     def forward(self, x: Tensor, seq: Sequences) -> Tensor:
         """`[B, S, E]`, or `[T/tp, E]` with sp, in the same form back."""

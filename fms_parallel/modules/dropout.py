@@ -54,9 +54,7 @@ class TPDropout(TPModule, Dropout):
         return self._drop(x, seq, first=self.axis.rank * x.shape[0] if self.sp else 0)
 
 
-def keep_mask(
-    shape: torch.Size, first: int, p: float, key: DropoutKey, salt: int, device: torch.device
-) -> Tensor:
+def keep_mask(shape: torch.Size, first: int, p: float, key: DropoutKey, salt: int, device: torch.device) -> Tensor:
     """Bool `[n, E]`: which elements stay of tokens `first .. first + n` of this micro-batch."""
     tokens = torch.arange(shape[0], device=device, dtype=torch.int64).add_(key.first_token + first)
     rows = _mix(tokens + _mix_number(key.seed * 0x9E3779B1 + salt * 0x85EBCA77))

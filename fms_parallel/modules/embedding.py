@@ -1,6 +1,6 @@
 """Token embedding and language-model head, and their twins that cut the vocabulary.
 
-    V = 7, tp = 2:   rank 0 holds rows 0..3, rank 1 rows 4..6; a look-up elsewhere gives zero, the sum over ranks the row
+    V = 7, tp = 2:   rank 0 holds rows 0..3, rank 1 rows 4..6; a look-up elsewhere gives zero, the sum the row
 
 Every row is trained: no padding index is singled out (a padding id of -1 would silently freeze the last row).
 """

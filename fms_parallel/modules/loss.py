@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fms_parallel.distributed.collectives import Axis, all_gather
+from fms_parallel.modules.first_order import first_order
 
 IGNORE = -100
 """Label of a position that has no wanted token."""
@@ -40,13 +41,16 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, shard: Vocab
         a scalar in fp32 (fp64 for fp64 input), the same on every rank of the axis. The gradient of `x` covers this
         rank's part of the vocabulary only: the caller's region sums it.
     """
-    return _LinearCrossEntropy.apply(x, weight, labels, shard)
+    return _LinearCrossEntropy.apply(x, weight, labels, shard, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
-        need_x, need_w = ctx.needs_input_grad[:2]
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard, with_gradient: bool
+    ) -> Tensor:
+        # Under no_grad the inputs still say that they need a gradient: nobody would use it.
+        need_x, need_w = (with_gradient and need for need in ctx.needs_input_grad[:2])
         wide = torch.promote_types(x.dtype, torch.float32)
         d_x = torch.empty_like(x) if need_x else None
         d_w = torch.zeros_like(weight, dtype=wide) if need_w else None
@@ -65,11 +69,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         d_x, d_w = ctx.saved_tensors
         x = None if d_x is None else d_x * grad.to(d_x.dtype)
         w = None if d_w is None else (d_w * grad).to(ctx.weight_dtype)
-        return x, w, None, None
+        return x, w, None, None, None
 
 
 def _accumulate(d_w: Tensor, gradient: Tensor, x: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Replicate
 
+from fms_parallel.modules.first_order import first_order
 from fms_parallel.modules.initial import Fill, Init
 from fms_parallel.modules.tp import TPModule
 
@@ -91,6 +92,7 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * scale).to(x.dtype).mul_(weight)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         g, wide, w = grad.to(scale.dtype), x.to(scale.dtype), weight.to(scale.dtype)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fms_parallel.errors import ConfigError, unknown
+from fms_parallel.modules.first_order import first_order
 
 Frequencies = tuple[Tensor, float]
 """Inverse frequencies `[R/2]` in radians per position, and the factor that cos and sin are multiplied by."""
@@ -43,6 +44,8 @@ class Rotary:
             raise ConfigError(unknown("rope scaling", self.kind, SCALINGS))
         if self.width % 2:
             raise ConfigError(f"rotary positions need an even number of rotated features, got {self.width}.")
+        if self.kind in ("ntk", "dynamic") and self.width <= 2:
+            raise ConfigError(f"rope scaling {self.kind!r} needs more than 2 rotated features, got {self.width}.")
         required, optional = _OPTIONS[self.kind]
         if missing := sorted(set(required) - set(self.options)):
             raise ConfigError(f"rope scaling {self.kind!r} needs {', '.join(missing)}.")
@@ -184,6 +187,7 @@ class _Rotate(torch.autograd.Function):
         return _rotated(x, cos, sin)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _rotated(grad, cos, -sin), None, None

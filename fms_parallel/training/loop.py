@@ -27,14 +27,21 @@ from fms_parallel.distributed.mesh import data_shard
 from fms_parallel.errors import ConfigError, TrainingError
 from fms_parallel.log import get_logger
 from fms_parallel.modules.dropout import Dropout
-from fms_parallel.modules.sequences import DropoutKey
 from fms_parallel.strategy.base import parallel_of
 from fms_parallel.training.evaluate import evaluate
 from fms_parallel.training.interrupt import Interrupt, catch_interrupts
 from fms_parallel.training.metrics import METRICS, MetricsWriter, peak_memory_bytes
 from fms_parallel.training.optimizer import learning_rate, make_optimizer
 from fms_parallel.training.options import TrainOptions
-from fms_parallel.training.step import LossFunction, StepResult, TokenBatch, model_loss, to_device, train_step
+from fms_parallel.training.step import (
+    LossFunction,
+    StepResult,
+    TokenBatch,
+    dropout_keys,
+    model_loss,
+    to_device,
+    train_step,
+)
 
 logger = get_logger(__name__)
 
@@ -156,7 +163,7 @@ class Trainer:
             batches,
             max_grad_norm=self.options.max_grad_norm or None,
             loss_function=self.loss_function,
-            keys=self._dropout_keys(batches) if self.drops else None,
+            keys=dropout_keys(batches, self._step_seed(), self.feed.shard[0]) if self.drops else None,
             check_gradients=self.step == self.first_step,
         )
         self.step += 1
@@ -165,6 +172,9 @@ class Trainer:
         signal, memory = self._largest(pending(), peak_memory_bytes(self.device))
         numbers = self._numbers(result, rate, time.perf_counter() - start, memory)
         return numbers, Interrupt(signal) if signal else None
+
+    def _step_seed(self) -> int:
+        return self.options.seed * 1_000_003 + self.step
 
     def _numbers(self, result: StepResult, rate: float, seconds: float, memory: int) -> Numbers:
         return {
@@ -178,14 +188,6 @@ class Trainer:
             "seconds": seconds,
             "peak_memory_bytes": memory,
         }
-
-    def _dropout_keys(self, batches: list[TokenBatch]) -> list[DropoutKey | None]:
-        """Names of the random bits: by step, and by place in the step's global batch."""
-        index, _ = self.feed.shard
-        rows, length = batches[0].input_ids.shape
-        first = index * len(batches) * rows * length
-        seed = self.options.seed * 1_000_003 + self.step
-        return [DropoutKey(seed, first + number * rows * length) for number in range(len(batches))]
 
     def _largest(self, *values: int) -> list[int]:
         if self.parallel.layout.world_size == 1:

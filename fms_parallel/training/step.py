@@ -73,6 +73,16 @@ def logits_loss(model: nn.Module, batch: TokenBatch, key: DropoutKey | None) -> 
     return torch.nn.functional.cross_entropy(wide, batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
+def dropout_keys(batches: Sequence[TokenBatch], seed: int, shard: int) -> list[DropoutKey | None]:
+    """Names of the random bits of this rank's micro-batches: `seed` of the step, and each one's place in its global batch.
+
+    Args:
+        shard: index of this rank among those that read different rows; all have as many micro-batches of one size.
+    """
+    tokens = batches[0].input_ids.numel()
+    return [DropoutKey(seed, (shard * len(batches) + index) * tokens) for index in range(len(batches))]
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Of one step, over the whole job: mean loss per valid token, global gradient norm before clipping, tokens."""

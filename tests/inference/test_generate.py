@@ -155,6 +155,22 @@ def test_row_that_ended_leaves_the_others_as_they_are() -> None:
     assert len(ended[0]) < len(free[0])
 
 
+class NaNAfterEight(Counting):
+    """Counts, but after token 8 has no next one; like an embedding it has no row for a token below 0."""
+
+    def forward(self, input_ids: torch.Tensor, **others: Any) -> torch.Tensor:
+        assert input_ids.min() >= 0
+        broken = input_ids[:, -1:, None] == 8
+        return super().forward(input_ids, **others).masked_fill(broken, float("nan"))
+
+
+def test_row_that_ended_may_have_any_logits() -> None:
+    found = generate(NaNAfterEight(), [[6], [20]], max_new_tokens=5, eos_id=8)
+    assert found == [[7, 8], [21, 22, 23, 24, 25]]
+    with pytest.raises(FmsError, match=r"row 0 .* new token 2"):
+        generate(NaNAfterEight(), [[6], [20]], max_new_tokens=5)
+
+
 def test_eos_in_a_prompt_ends_nothing() -> None:
     assert generate(Counting(), [[8, 3]], max_new_tokens=2, eos_id=8) == [[4, 5]]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fms_parallel.errors import ConfigError
-from fms_parallel.inference.sampling import NOT_FINITE, Sampling, pick, uniform
+from fms_parallel.inference.sampling import NOT_FINITE, Sampling, keep_top_p, pick, uniform
 
 V = 11
 
@@ -51,6 +51,12 @@ def test_top_p_keeps_the_fewest_that_reach_p(top_p: float, kept: int) -> None:
     assert found.sum().item() == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("p", "kept"), [(0.5, [1, 0, 0]), (0.75, [2 / 3, 1 / 3, 0]), (0.76, [0.5, 0.25, 0.25])])
+def test_top_p_that_is_just_reached_keeps_no_more(p: float, kept: list[float]) -> None:
+    found = keep_top_p(torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64), p)
+    assert found[0].tolist() == pytest.approx(kept)
+
+
 def test_top_k_of_equal_logits_keeps_exactly_k() -> None:
     found = Sampling(1.0, top_k=3).probabilities(torch.zeros(1, 8))
     assert sorted(found[0].tolist()) == pytest.approx([0] * 5 + [1 / 3] * 3)
@@ -62,9 +68,9 @@ def test_top_p_is_taken_of_what_top_k_left() -> None:
     assert found.tolist() == [[0, 1, 0, 0]]
 
 
-@pytest.mark.parametrize("temperature", [1e-300, 1e-3])
+@pytest.mark.parametrize("temperature", [1e-308, 1e-3])
 def test_tiny_temperature_takes_the_likeliest_token(temperature: float) -> None:
-    assert Sampling(temperature).probabilities(torch.tensor([[1.0, 3.0, 2.0]])).tolist() == [[0, 1, 0]]
+    assert Sampling(temperature).probabilities(torch.tensor([[10.0, 30.0, 20.0]])).tolist() == [[0, 1, 0]]
 
 
 def test_temperature_zero_takes_the_likeliest_token() -> None:
