@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 from fms_parallel.errors import ConfigError, unknown
+from fms_parallel.modules.first_order import first_order
 from fms_parallel.modules.initial import Fill, Init, Normal
 from fms_parallel.modules.linear import Bias, shared_linear
 from fms_parallel.modules.tp import TPModule
@@ -137,6 +138,7 @@ class _SiluGate(torch.autograd.Function):
         return F.silu(g).mul_(u)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         g, u = ctx.saved_tensors
         d_g = torch.ops.aten.silu_backward(grad * u, g)

@@ -28,13 +28,13 @@ class _SharedInput(torch.autograd.Function):
             torch.addmm(next(given), flat, w.t()) if biased else torch.mm(flat, w.t())
             for w, biased in zip(weights, biases, strict=True)
         )
-        return tuple(y.view(*x.shape[:-1], -1) for y in out)
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         flat = x.flatten(0, -2)
-        rows = [g.reshape(flat.shape[0], -1) for g in grads]
+        rows = [g.reshape(flat.shape[0], g.shape[-1]) for g in grads]
         d_x = _input_gradient(rows, weights).view(x.shape) if ctx.needs_input_grad[0] else None
         wanted = ctx.needs_input_grad[2:]
         d_weights = [g.t() @ flat if need else None for g, need in zip(rows, wanted, strict=False)]

@@ -8,7 +8,7 @@ import torch
 from fms_parallel.modules.linear import shared_linear
 
 
-@pytest.mark.parametrize("biased", itertools.product([True, False], repeat=2))
+@pytest.mark.parametrize("biased", [*itertools.product([True, False], repeat=2)])
 def test_derivatives_by_finite_differences(biased: tuple[bool, bool]) -> None:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
@@ -25,12 +25,15 @@ def test_derivatives_by_finite_differences(biased: tuple[bool, bool]) -> None:
     torch.autograd.gradgradcheck(function, (x, *weights, *given))
 
 
-@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 5)])
-def test_equals_torch_linear(shape: tuple[int, ...]) -> None:
-    x, w, b = torch.randn(*shape), torch.randn(4, 5), torch.randn(4)
-    got = shared_linear(x.view(-1, 5), [w, w], [b, None])
-    torch.testing.assert_close(got[0], torch.nn.functional.linear(x.view(-1, 5), w, b))
-    torch.testing.assert_close(got[1], torch.nn.functional.linear(x.view(-1, 5), w))
+@pytest.mark.parametrize("shape", [(1, 5), (3, 5), (2, 3, 5), (2, 0, 5)])
+@pytest.mark.parametrize("rows", [4, 0])
+def test_equals_torch_linear(shape: tuple[int, ...], rows: int) -> None:
+    """Also for no tokens, and for the rank that holds no row of a small matrix."""
+    x, w, b = torch.randn(*shape, requires_grad=True), torch.randn(rows, 5, requires_grad=True), torch.randn(rows)
+    got = shared_linear(x, [w, w], [b, None])
+    want = torch.nn.functional.linear(x, w, b), torch.nn.functional.linear(x, w)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(sum(got).sum(), (x, w)), torch.autograd.grad(sum(want).sum(), (x, w)))
 
 
 def test_frozen_tensors_get_no_gradient() -> None:

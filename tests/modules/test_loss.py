@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fms_parallel.errors import ConfigError
+from fms_parallel.modules import loss as room
+from fms_parallel.modules.loss import IGNORE, VocabularyShard, linear_cross_entropy
+
+WHOLE = VocabularyShard(None, 0)
+T, E, V = 7, 4, 11
+
+
+def draw(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = torch.randn(T, E, dtype=dtype, requires_grad=True), torch.randn(V, E, dtype=dtype, requires_grad=True)
+    labels = torch.randint(V, (T,))
+    labels[[1, 4]] = IGNORE
+    return x, weight, labels
+
+
+def oracle(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(x @ weight.t(), labels, ignore_index=IGNORE, reduction="sum")
+
+
+@pytest.mark.parametrize("elements", [1, 3 * V, 1 << 21])
+def test_loss_and_gradients_equal_torch(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one token a chunk, three, and all of them."""
+    monkeypatch.setitem(room._CHUNK_ELEMENTS, "cpu", elements)
+    x, weight, labels = draw()
+    got, want = linear_cross_entropy(x, weight, labels, WHOLE), oracle(x, weight, labels)
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=0)
+    for g, w in zip(
+        torch.autograd.grad(got * 3, (x, weight)), torch.autograd.grad(want * 3, (x, weight)), strict=True
+    ):
+        torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
+
+
+def test_derivatives_by_finite_differences() -> None:
+    x, weight, labels = draw()
+    torch.autograd.gradcheck(lambda x, w: linear_cross_entropy(x, w, labels, WHOLE), (x, weight))
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight", "both"])
+def test_frozen_inputs_get_no_gradient(frozen: str) -> None:
+    x, weight, labels = draw()
+    want = dict(zip(("x", "weight"), torch.autograd.grad(oracle(x, weight, labels), (x, weight)), strict=True))
+    inputs = {"x": x, "weight": weight}
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(frozen not in (name, "both"))
+    loss = linear_cross_entropy(x, weight, labels, WHOLE)
+    torch.testing.assert_close(loss, oracle(x, weight, labels), rtol=1e-13, atol=0)
+    if frozen != "both":
+        loss.backward()
+    for name, tensor in inputs.items():
+        if tensor.requires_grad:
+            torch.testing.assert_close(tensor.grad, want[name], rtol=1e-12, atol=1e-12)
+        else:
+            assert tensor.grad is None
+
+
+def test_evaluation_makes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under no_grad parameters still say that they need one."""
+    asked = []
+    real = room._chunk
+    monkeypatch.setattr(room, "_chunk", lambda *a: asked.append(a[-1]) or real(*a))
+    x, weight, labels = draw()
+    with torch.no_grad():
+        loss = linear_cross_entropy(x, weight, labels, WHOLE)
+    assert asked == [False]
+    torch.testing.assert_close(loss, oracle(x, weight, labels), rtol=1e-13, atol=0)
+
+
+def test_no_valid_label_gives_zero_loss_and_gradient() -> None:
+    x, weight, _ = draw()
+    loss = linear_cross_entropy(x, weight, torch.full((T,), IGNORE), WHOLE)
+    loss.backward()
+    assert loss == 0 and not x.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_large_logits_stay_finite(size: float) -> None:
+    x, weight, labels = draw(torch.float32)
+    loss = linear_cross_entropy(x * size, weight, labels, WHOLE)
+    torch.testing.assert_close(loss, oracle(x * size, weight, labels))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (x, weight)))
+
+
+def test_bf16_loss_is_summed_in_fp32() -> None:
+    x, weight, labels = draw(torch.bfloat16)
+    loss = linear_cross_entropy(x, weight, labels, WHOLE)
+    want = oracle((x @ weight.t()).float(), torch.eye(V), labels)  # of logits that were rounded to bf16
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, want)
+    loss.backward()
+    x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
+    oracle(x64, weight64, labels).backward()
+    assert x.grad.dtype == weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(weight.grad.double(), weight64.grad, rtol=0.05, atol=0.05)
+
+
+def test_second_derivatives_are_refused_not_wrong() -> None:
+    x, weight, labels = draw()
+    with pytest.raises(ConfigError, match="second derivatives"):
+        torch.autograd.grad(linear_cross_entropy(x, weight, labels, WHOLE), x, create_graph=True)
