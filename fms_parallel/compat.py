@@ -64,3 +64,23 @@ def replicate(module: nn.Module, mesh: DeviceMesh, **policies: Any) -> None:
     from torch.distributed._composable.replicate_with_fsdp import replicate as torch_replicate
 
     torch_replicate(module, mesh=mesh, **policies)
+
+
+def set_fsdp_reduce_scatter(module: nn.Module, reduce_scatter: Callable[[Tensor, Tensor, dist.ProcessGroup], None]) -> None:
+    """Let an FSDP2 module sum gradients with `reduce_scatter(out, full, group)`, where `full` is flat."""
+    from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+
+    class Custom(ReduceScatter):
+        def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+            return torch.empty(*size, dtype=dtype, device=device)
+
+        def __call__(
+            self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+        ) -> None:
+            if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+                raise NotImplementedError(f"FSDP asked for {op}, which is neither a sum nor a mean.")
+            reduce_scatter(output_tensor, input_tensor, group)
+            if op == dist.ReduceOp.AVG:
+                output_tensor.div_(dist.get_world_size(group))
+
+    module.set_custom_reduce_scatter(Custom())  # type: ignore[operator]

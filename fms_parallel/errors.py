@@ -39,9 +39,10 @@ class RankFailed(FmsError):
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` when a known word is close to `word`, else the empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    """` Did you mean 'x'?` when a known word is close to `word` in any case, else the empty string."""
+    lowered = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), list(lowered), n=1)
+    return f" Did you mean {lowered[close[0]]!r}?" if close else ""
 
 
 def unknown(kind: str, word: str, known: Iterable[str]) -> str:

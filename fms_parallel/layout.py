@@ -43,7 +43,7 @@ class ParallelLayout:
 
     Attributes:
         pp: pipeline stages. dp: replicas. fsdp: shards of every parameter. cp: shards of the sequence in attention.
-        tp: shards of every matrix. Each is a degree >= 1, or `REST` until `resolve` is called.
+        tp: shards of every matrix. Each is a degree >= 1; one of them may be `REST` until `resolve` is called.
         sp: with tp, norms, residuals and dropout hold 1/tp of the tokens.
         loss_parallel: with tp, logits stay sharded over the vocabulary up to the loss.
         schedule: pipeline schedule. microbatches: pieces that a step's batch is cut into (pipeline only).
@@ -52,6 +52,7 @@ class ParallelLayout:
         recompute: `none`, `full`, `selective`, or `every=N` (each N-th block is recomputed in the backward pass).
         precision: what matrices are multiplied in; parameters and optimizer keep fp32 under bf16.
         offload: what lives on the host between uses.
+        hsdp: dp and fsdp are still open, together, until `resolve` is called.
     """
 
     pp: int = 1
@@ -72,38 +73,49 @@ class ParallelLayout:
     hsdp: bool = False
 
     def __post_init__(self) -> None:
-        for axis in AXES:
-            degree = getattr(self, axis)
-            if isinstance(degree, bool) or not isinstance(degree, int) or degree < 0:
-                raise LayoutError(f"{axis}={degree!r}: a degree is a whole number >= 1.")
-        if sum(getattr(self, axis) == REST for axis in AXES) > 1:
-            raise LayoutError(f"{self}: only one axis may take the ranks that the others leave; give the others a number.")
-        for name in ("microbatches", "virtual_stages"):
-            if getattr(self, name) < 1:
-                raise LayoutError(f"{name}={getattr(self, name)}: must be >= 1.")
+        self._check_kinds()
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise LayoutError(unknown(name, str(getattr(self, name)), known))
         self.recompute_interval  # noqa: B018 - parses the word, so that a bad one is refused here
+        if self.hsdp and (self.dp, self.fsdp) != (1, 1):
+            raise LayoutError(f"{self}: {_HSDP_SETS_BOTH}")
+        if self.degrees.count(REST) + self.hsdp > 1:
+            raise LayoutError(f"{self}: only one word may take the ranks that others leave; give the others a number.")
         self._check_words_that_need_an_axis()
+
+    def _check_kinds(self) -> None:
+        """Whole numbers and flags, also when they come from JSON."""
+        for name in (*AXES, "microbatches", "virtual_stages"):
+            value, least = getattr(self, name), REST if name in AXES else 1
+            if not _is_count(value, least):
+                raise LayoutError(f"{name}={value!r}: needs a whole number >= 1, as in {name}=2.")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise LayoutError(f"{name}={getattr(self, name)!r}: is on or off; give true or false.")
+        split = self.stage_split
+        if split is not None and not (isinstance(split, tuple) and split and all(_is_count(n, 1) for n in split)):
+            raise LayoutError(
+                f"stage_split={split!r}: needs the blocks of each stage, each >= 1, as in stage_split=4,4."
+            )
 
     def _check_words_that_need_an_axis(self) -> None:
         """A word that would have no effect is refused, not ignored."""
         if self.sp and self.tp == 1:
             raise LayoutError("sp with tp=1: sequence parallelism shards tokens over tp; write tp=N,sp with N >= 2.")
-        if self.stage_split is not None and self.pp != REST:
-            stages = self.pp * self.virtual_stages
-            if len(self.stage_split) != stages or min(self.stage_split) < 1:
-                raise LayoutError(
-                    f"stage_split={','.join(map(str, self.stage_split))}: pp={self.pp} with virtual_stages="
-                    f"{self.virtual_stages} needs {stages} numbers, each >= 1."
-                )
-        if self.pp == 1:
-            for name in ("schedule", "microbatches", "virtual_stages"):
-                if getattr(self, name) != _DEFAULTS[name]:
-                    raise LayoutError(f"{name}={getattr(self, name)} with pp=1: it belongs to a pipeline; add pp=N or drop it.")
         if self.cp == 1 and self.cp_method != "ring":
             raise LayoutError(f"cp_method={self.cp_method} with cp=1: add cp=N or drop it.")
+        if self.pp == 1:
+            for name in ("schedule", "microbatches", "virtual_stages", "stage_split"):
+                value = getattr(self, name)
+                if value != _DEFAULTS[name]:
+                    raise LayoutError(f"{_word(name, value)} with pp=1: it belongs to a pipeline; add pp=N or drop it.")
+        stages = self.pp * self.virtual_stages
+        if self.stage_split is not None and self.pp != REST and len(self.stage_split) != stages:
+            raise LayoutError(
+                f"{_word('stage_split', self.stage_split)}: pp={self.pp} with virtual_stages={self.virtual_stages} "
+                f"needs {stages} numbers, one for each stage."
+            )
 
     # ---- what others ask it -------------------------------------------------------------------------------------
 
@@ -113,26 +125,35 @@ class ParallelLayout:
         return tuple(getattr(self, axis) for axis in AXES)
 
     @property
+    def resolved(self) -> bool:
+        """Whether every degree is known."""
+        return REST not in self.degrees and not self.hsdp
+
+    @property
     def world_size(self) -> int:
-        """Ranks that the layout needs. Raises LayoutError while an axis is still open."""
-        if REST in self.degrees:
-            raise LayoutError(f"{self}: one axis still takes the rest of the ranks; call resolve(world_size) first.")
+        """Ranks that the layout needs. Raises LayoutError while a degree is still open."""
+        self._refuse_open_degrees()
         return prod(self.degrees)
 
     @property
     def data_parallel(self) -> int:
-        """Ranks that read different rows of a batch: dp * fsdp."""
+        """Ranks that read different rows of a batch: dp * fsdp. Raises LayoutError while a degree is still open."""
+        self._refuse_open_degrees()
         return self.dp * self.fsdp
+
+    def _refuse_open_degrees(self) -> None:
+        if not self.resolved:
+            raise LayoutError(f"{self}: a degree is still open; call resolve(world_size) first.")
 
     @property
     def recompute_interval(self) -> int:
         """0: recompute nothing; 1: every block; N: each N-th block. `selective` counts as 1."""
         if self.recompute in RECOMPUTE:
             return 0 if self.recompute == "none" else 1
-        word, _, number = self.recompute.partition("=")
-        if word == "every" and number.isdigit() and int(number) >= 1:
+        word, _, number = str(self.recompute).partition("=")
+        if word == "every" and number.isdecimal() and int(number) >= 1:
             return int(number)
-        raise LayoutError(unknown("recompute policy", self.recompute, (*RECOMPUTE, "every=N")))
+        raise LayoutError(unknown("recompute policy", str(self.recompute), (*RECOMPUTE, "every=N")))
 
     # ---- from and to text ---------------------------------------------------------------------------------------
 
@@ -151,19 +172,22 @@ class ParallelLayout:
             if name in NOT_YET:
                 raise LayoutError(f"{word}: {NOT_YET[name]}.")
             if name == "hsdp" and value is not None:
-                raise LayoutError(f"hsdp={value}: write dp=REPLICAS,fsdp=SHARDS, or bare hsdp for nodes x ranks per node.")
+                raise LayoutError(
+                    f"hsdp={value}: write dp=REPLICAS,fsdp=SHARDS, or bare hsdp for nodes x ranks per node."
+                )
             if name not in _READERS:
                 raise LayoutError(unknown("layout word", word, [*_READERS, *ALIASES]))
             if name in values:
                 raise LayoutError(f"{text!r}: {name} is given twice.")
             values[name] = _READERS[name](name, value)
         if values.get("hsdp") and {"dp", "fsdp"} & values.keys():
-            raise LayoutError(f"{text!r}: hsdp already sets dp and fsdp; drop it or drop them.")
+            raise LayoutError(f"{text}: {_HSDP_SETS_BOTH}")
         return cls(**values)
 
     def __str__(self) -> str:
         """The shortest text that parses back to this layout; `""` is one process."""
-        return ",".join(_word(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default)
+        values = {field: getattr(self, field) for field in _DEFAULTS}
+        return ",".join(_word(name, value) for name, value in values.items() if value != _DEFAULTS[name])
 
     def to_json(self) -> str:
         """One JSON object with every field."""
@@ -171,12 +195,22 @@ class ParallelLayout:
 
     @classmethod
     def from_json(cls, text: str | Mapping[str, Any]) -> ParallelLayout:
-        """The layout that `to_json` wrote. Unknown keys are errors."""
-        values = dict(json.loads(text) if isinstance(text, str) else text)
+        """The layout that `to_json` wrote, as text or already read.
+
+        Raises:
+            LayoutError: not a JSON object, an unknown field, or a value that no layout has.
+        """
+        try:
+            values = json.loads(text) if isinstance(text, str) else text
+        except json.JSONDecodeError as error:
+            raise LayoutError(f"{text!r} is not JSON ({error}): to_json() writes what this reads.") from None
+        if not isinstance(values, Mapping):
+            raise LayoutError(f"{text!r} is not a JSON object: to_json() writes what this reads.")
+        values = dict(values)
         for key in values:
             if key not in _DEFAULTS:
                 raise LayoutError(unknown("layout field", key, _DEFAULTS))
-        if values.get("stage_split") is not None:
+        if isinstance(values.get("stage_split"), list):
             values["stage_split"] = tuple(values["stage_split"])
         return cls(**values)
 
@@ -193,29 +227,35 @@ class ParallelLayout:
             LayoutError: the degrees do not multiply to `world_size`.
         """
         if self.hsdp:
-            return replace(self, **self._hsdp_degrees(world_size, ranks_per_node), hsdp=False).resolve(world_size)
-        if REST not in self.degrees:
+            return replace(self, **self._hsdp_degrees(world_size, ranks_per_node), hsdp=False)
+        if self.resolved:
             if self.world_size != world_size:
+                named = f"layout {str(self)!r}" if str(self) else "a layout without degrees"
                 raise LayoutError(
-                    f"layout {str(self) or 'None'!r} needs {self.world_size} ranks ({_product(self)}) but the job has "
-                    f"{world_size}: start it with --nproc_per_node={self.world_size}, or change a degree."
+                    f"{named} needs {self.world_size} ranks ({_product(self)}) but the job has {world_size}: "
+                    f"start it with --nproc_per_node={self.world_size}, or change a degree."
                 )
             return self
-        taken = prod(degree for degree in self.degrees if degree != REST)
         axis = AXES[self.degrees.index(REST)]
-        if world_size % taken:
-            raise LayoutError(f"{self}: {axis} takes the rest, but {world_size} ranks do not divide by {taken}.")
-        rest = world_size // taken
+        rest = self._rest_of(world_size, axis)
         # "tp,sp" on one rank is one process: sp means nothing there and was not asked for by number.
         sp = self.sp and not (axis == "tp" and rest == 1)
-        return replace(self, **{axis: rest}, sp=sp)
+        changes: dict[str, Any] = {axis: rest, "sp": sp}
+        return replace(self, **changes)
 
-    def _hsdp_degrees(self, world_size: int, ranks_per_node: int | None) -> dict[str, int]:
-        others = self.pp * self.cp * self.tp
-        if REST in self.degrees or world_size % others:
-            raise LayoutError(f"{self}: hsdp takes the rest of {world_size} ranks, which must divide by {others}.")
-        data = world_size // others
-        per_node = (ranks_per_node or world_size) // others
+    def _rest_of(self, world_size: int, axis: str) -> int:
+        """The ranks that the known degrees leave for `axis`."""
+        taken = prod(degree for degree in self.degrees if degree != REST)
+        if world_size < 1 or world_size % taken:
+            raise LayoutError(
+                f"{self}: {axis} takes the rest, but {world_size} ranks do not divide by {taken} ({_product(self)}): "
+                f"start a multiple of {taken} ranks, or change a degree."
+            )
+        return world_size // taken
+
+    def _hsdp_degrees(self, world_size: int, ranks_per_node: int | None) -> dict[str, Any]:
+        data = self._rest_of(world_size, "hsdp")
+        per_node = (ranks_per_node or world_size) // (world_size // data)
         if 1 <= per_node < data and data % per_node == 0:
             return {"dp": data // per_node, "fsdp": per_node}
         return {"dp": 2, "fsdp": data // 2} if data % 2 == 0 else {"dp": 1, "fsdp": data}
@@ -224,29 +264,42 @@ class ParallelLayout:
         """Check that a model of this shape can be cut this way.
 
         Raises:
-            LayoutError: naming the number, the rule and the nearest degree that works.
+            LayoutError: naming the number, the rule and the degrees that work; also while a degree is still open.
         """
+        self._refuse_open_degrees()
         if shape.heads % self.tp:
             raise LayoutError(
                 f"tp={self.tp} does not divide {shape.heads} heads: each rank holds whole heads. "
-                f"Use tp in {_divisors(shape.heads)}."
+                f"Use tp in {_tp_degrees(shape)}."
             )
         if shape.kv_heads % self.tp and self.tp % shape.kv_heads:
             raise LayoutError(
-                f"tp={self.tp} with {shape.kv_heads} kv heads: one must divide the other (kv heads are split, or copied). "
-                f"Use tp in {_kv_degrees(shape)}."
+                f"tp={self.tp} with {shape.kv_heads} kv heads: one must divide the other, because kv heads are split "
+                f"or copied. Use tp in {_tp_degrees(shape)}."
             )
         stages = self.pp * self.virtual_stages
         if stages > shape.layers:
-            raise LayoutError(f"{stages} pipeline stages for {shape.layers} blocks: use at most {shape.layers}.")
+            raise LayoutError(
+                f"{stages} pipeline stages (pp={self.pp} * virtual_stages={self.virtual_stages}) for {shape.layers} "
+                f"blocks: each stage needs one; use at most {shape.layers} stages."
+            )
         if self.stage_split is not None and sum(self.stage_split) != shape.layers:
-            raise LayoutError(f"stage_split adds up to {sum(self.stage_split)} blocks but the model has {shape.layers}.")
+            raise LayoutError(
+                f"{_word('stage_split', self.stage_split)} adds up to {sum(self.stage_split)} blocks but the model has "
+                f"{shape.layers}: change a number, or drop it for an even split."
+            )
 
 
 # ---- helpers of this page ---------------------------------------------------------------------------------------
 
 _DEFAULTS = {f.name: f.default for f in fields(ParallelLayout)}
 _CHOICES = {"schedule": SCHEDULES, "cp_method": CP_METHODS, "precision": PRECISIONS, "offload": OFFLOADS}
+_FLAGS = ("sp", "loss_parallel", "hsdp")
+_HSDP_SETS_BOTH = "hsdp already sets dp and fsdp; drop it or drop them."
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _split_words(text: str) -> list[tuple[str, str | None]]:
@@ -258,7 +311,7 @@ def _split_words(text: str) -> list[tuple[str, str | None]]:
                 raise LayoutError(f"{text!r}: an empty word between commas.")
             continue
         name, equals, value = part.partition("=")
-        if not equals and part.isdigit() and words and words[-1][0] == "stage_split":
+        if not equals and part.isdecimal() and words and words[-1][0] == "stage_split" and words[-1][1]:
             words[-1] = ("stage_split", f"{words[-1][1]},{part}")
         else:
             words.append((name.strip(), value.strip() if equals else None))
@@ -270,7 +323,7 @@ def _read_degree(name: str, value: str | None) -> int:
 
 
 def _read_number(name: str, value: str | None) -> int:
-    if value is None or not value.isdigit() or int(value) < 1:
+    if value is None or not value.isdecimal() or int(value) < 1:
         raise LayoutError(f"{name}={value or ''}: needs a whole number >= 1, as in {name}=2.")
     return int(value)
 
@@ -289,12 +342,12 @@ def _read_choice(name: str, value: str | None) -> str:
 
 
 def _read_split(name: str, value: str | None) -> tuple[int, ...]:
-    return tuple(_read_number(name, piece) for piece in (value or "").split(","))
+    return tuple(_read_number(name, piece.strip()) for piece in (value or "").split(","))
 
 
 _READERS: dict[str, Callable[[str, str | None], Any]] = {
     **{axis: _read_degree for axis in AXES},
-    **{name: _read_flag for name in ("sp", "loss_parallel", "hsdp")},
+    **{name: _read_flag for name in _FLAGS},
     **{name: _read_number for name in ("microbatches", "virtual_stages")},
     **{name: _read_choice for name in ("schedule", "cp_method", "recompute", "precision", "offload")},
     "stage_split": _read_split,
@@ -312,12 +365,11 @@ def _word(name: str, value: Any) -> str:
 
 
 def _product(layout: ParallelLayout) -> str:
-    return " * ".join(f"{axis}={degree}" for axis, degree in zip(AXES, layout.degrees, strict=True) if degree > 1) or "one process"
+    known = [f"{axis}={degree}" for axis, degree in zip(AXES, layout.degrees, strict=True) if degree > 1]
+    return " * ".join(known) or "every degree is 1"
 
 
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def _kv_degrees(shape: ModelShape) -> list[int]:
-    return [d for d in _divisors(shape.heads) if shape.kv_heads % d == 0 or d % shape.kv_heads == 0]
+def _tp_degrees(shape: ModelShape) -> list[int]:
+    """Every tp that cuts both heads and kv heads."""
+    divisors = (d for d in range(1, shape.heads + 1) if shape.heads % d == 0)
+    return [d for d in divisors if shape.kv_heads % d == 0 or d % shape.kv_heads == 0]

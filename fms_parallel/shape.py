@@ -78,7 +78,8 @@ class ModelShape:
         """Floating-point operations that one token costs in a sequence of `sequence` tokens.
 
         Matrix multiplications only: 2 per weight that multiplies (embedding look-ups do not, the head does), plus
-        attention's 2 * 2 * S * H * D, halved when causal. Training counts forward and backward: three times as much.
+        attention's 2 * 2 * S * H * D, halved when causal. Training counts forward and backward: three times as much,
+        whatever is computed again (by recomputation, or inside fused attention).
         Formula: Narayanan et al. 2021 (arXiv 2104.04473), with the causal half that they leave out.
         """
         q, kv = self.heads * self.head_width, self.kv_heads * self.head_width
@@ -91,14 +92,17 @@ class ModelShape:
     def activation_bytes(
         self, batch: int, sequence: int, *, bytes_per_element: int = 2, tp: int = 1, sp: bool = False
     ) -> int:
-        """Bytes that one rank keeps for the backward pass without recomputation, all layers of one forward.
+        """Bytes that one rank keeps for the backward pass of one forward, without recomputation.
 
-        Counts what this library's modules save per token and block (Korthikanti et al. 2022, arXiv 2205.05198, with
-        fused attention, so no S x S scores): two norm inputs, the gathered input of each column-parallel region,
-        q, k, v, the attention output and its log-sum-exp, gate, up and their product.
+        Counts what this library's modules save per token (Korthikanti et al. 2022, arXiv 2205.05198, with fused
+        attention, so no S x S scores). Per block: two norm inputs, the input of each column-parallel region (gathered
+        with sp), q, k, v, the attention output and its log-sum-exp, gate and up and what the down matrix reads. After
+        the blocks: the last norm's input and the head's. Not counted: dropout masks, a gate other than silu (F more
+        per block and token), fused q, k, v (of which v keeps all: (H + K) * D more), matrices cast to another dtype,
+        and what the loss keeps, which is the head's gradient.
         """
-        outside = 2 * self.width / (tp if sp else 1) + 2 * self.width
+        outside = self.width / (tp if sp else 1) + self.width
         heads = (self.heads * 2 + 2 * max(self.kv_heads, tp)) * self.head_width / tp
         feed_forward = (3 if self.gated else 2) * self.ffn_width / tp
-        per_token = bytes_per_element * (outside + heads + feed_forward) + 4 * self.heads / tp
-        return int(batch * sequence * self.layers * per_token)
+        block = bytes_per_element * (2 * outside + heads + feed_forward) + 4 * self.heads / tp
+        return int(batch * sequence * (self.layers * block + bytes_per_element * outside))

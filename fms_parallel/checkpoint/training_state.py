@@ -41,7 +41,7 @@ from fms_parallel.checkpoint.named import (
     named_weights,
     put_state,
 )
-from fms_parallel.checkpoint.words import refuse_misfits
+from fms_parallel.checkpoint.words import listed, refuse_misfits
 from fms_parallel.errors import CheckpointError
 from fms_parallel.log import get_logger
 from fms_parallel.strategy.base import parallel_of
@@ -156,11 +156,11 @@ def _marks(partial: Path) -> dict[str, FileMark]:
         found = {path.name: FileMark.of(path) for path in ([partial / ".metadata", *own] if rank == 0 else own)}
     marks = {name: mark for part in from_every_rank(found) for name, mark in part.items()}
     with on_every_rank(f"checking {partial}"):
-        seen = {path.name for path in partial.iterdir()}
-        if seen != marks.keys():
+        unseen = sorted(marks.keys() - {path.name for path in partial.iterdir()})
+        if unseen:
             raise CheckpointError(
-                f"{partial} does not hold what all ranks wrote ({', '.join(sorted(seen ^ marks.keys())[:5])}): every "
-                "rank must see the same folder. Use a shared file system."
+                f"rank {rank} does not see what other ranks wrote to {partial} ({listed('files', unseen)}): every rank "
+                "must see the same folder. Use a shared file system."
             )
     return marks
 

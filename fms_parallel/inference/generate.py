@@ -72,7 +72,8 @@ def generate(
     """Continue each prompt.
 
     A row's tokens depend on its own prompt, the seed and its index, not on the other rows. On several ranks every rank
-    makes the same call and gets the same tokens.
+    makes the same call and gets the same tokens. (Rope scalings that depend on the length, `ntk` and `dynamic`, are the
+    exception: a model takes them from the longest row so far, cached keys from the length at their own time.)
 
     Args:
         model: a `CausalModel`, spread by `compose` or not. It is put in eval mode meanwhile.

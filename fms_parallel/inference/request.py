@@ -27,14 +27,14 @@ class Endings:
         eos: ids that end a row. stop: id sequences that end a row, wherever its new tokens end with one.
     """
 
-    eos: frozenset[int] = frozenset()
+    eos: Ids = ()
     stop: tuple[Ids, ...] = ()
 
     @classmethod
     def read(cls, eos_id: int | Collection[int] | None, stop: Sequence[Sequence[int]]) -> Endings:
         """From what a caller passes. Raises ConfigError on something that is not token ids."""
         eos = () if eos_id is None else _ids("eos_id", eos_id if isinstance(eos_id, Collection) else [eos_id])
-        return cls(frozenset(eos), _rows("stop sequence", stop))
+        return cls(tuple(sorted(set(eos))), _rows("stop sequence", stop))
 
     def __post_init__(self) -> None:
         for number, sequence in enumerate(self.stop):
@@ -93,7 +93,7 @@ class Request:
         self.sampling.check_vocabulary(vocab)
         named = [(f"prompt {row}", ids) for row, ids in enumerate(self.prompts)]
         named += [(f"stop sequence {number}", ids) for number, ids in enumerate(self.endings.stop)]
-        for name, ids in [*named, ("eos_id", tuple(self.endings.eos))]:
+        for name, ids in [*named, ("eos_id", self.endings.eos)]:
             if wrong := [token for token in ids if not 0 <= token < vocab]:
                 raise ConfigError(f"{name} has token {wrong[0]}, but this model's tokens are 0..{vocab - 1}.")
 

@@ -57,9 +57,10 @@ class TPDropout(TPModule, Dropout):
 def keep_mask(shape: torch.Size, first: int, p: float, key: DropoutKey, salt: int, device: torch.device) -> Tensor:
     """Bool `[n, E]`: which elements stay of tokens `first .. first + n` of this micro-batch."""
     tokens = torch.arange(shape[0], device=device, dtype=torch.int64).add_(key.first_token + first)
-    rows = _mix(tokens + _mix_number(key.seed * 0x9E3779B1 + salt * 0x85EBCA77))
-    columns = torch.arange(shape[1], device=device, dtype=torch.int64).mul_(0x27D4EB2F)
-    bits = _mix((rows[:, None] + columns[None, :]).bitwise_and_(_MASK))
+    # Hashed before they meet: sums would give two seeds the same bits, a few tokens further on.
+    rows = _mix(_mix(tokens) ^ _word(key.seed, salt))
+    columns = _mix(torch.arange(shape[1], device=device, dtype=torch.int64))
+    bits = _mix(rows[:, None] ^ columns[None, :])
     return bits >= int(p * (_MASK + 1))
 
 
@@ -69,6 +70,14 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ (x >> 16)).mul_(0x7FEB352D).bitwise_and_(_MASK)
     x = (x ^ (x >> 15)).mul_(0x846CA68B).bitwise_and_(_MASK)
     return x ^ (x >> 16)
+
+
+def _word(*numbers: int) -> int:
+    """32 bits that depend on the low 64 of every number."""
+    word = 0
+    for part in (half for number in numbers for half in (number & _MASK, number >> 32 & _MASK)):
+        word = _mix_number(word + part + 0x9E3779B9)
+    return word
 
 
 def _mix_number(x: int) -> int:

@@ -73,6 +73,8 @@ def _draw_rows(piece: Tensor, box: Box, shape: tuple[int, ...], key: str, draw: 
     """
     if box.numel == 0:
         return
+    if not shape:  # a scalar is a row of one
+        return _draw_rows(piece.view(1), Box.whole((1,)), (1,), key, draw)
     row_elements = max(1, torch.Size(shape[1:]).numel())
     rows = max(1, BLOCK_ELEMENTS // row_elements)
     first, last = box.offset[0], box.offset[0] + box.size[0]

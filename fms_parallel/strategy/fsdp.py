@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from fms_parallel import compat
+from fms_parallel.distributed.collectives import REDUCE_SCATTER
 from fms_parallel.strategy.base import Strategy, repeated_blocks
 
 POLICIES = {
@@ -47,6 +49,8 @@ class FullyShardStrategy(Strategy):
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """Cut `model` in place."""
+        shards = self.mesh.get_group(self.mesh.ndim - 1)
+        cheaper = REDUCE_SCATTER.get(dist.get_backend(shards))
 
         def shard(group: list[nn.Module], is_last: bool) -> None:
             fully_shard(
@@ -56,6 +60,8 @@ class FullyShardStrategy(Strategy):
                 offload_policy=self.offload,
                 reshard_after_forward=self.free_after_forward and not is_last,
             )
+            if cheaper is not None:
+                compat.set_fsdp_reduce_scatter(group[0], cheaper)
 
         _each_group(model, shard)
         return model

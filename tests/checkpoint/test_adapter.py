@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from fms_parallel.checkpoint.adapter import Adapter, Drop, Fuse, GroupQKV, PermuteRotary, Rename, Stack, Step, Tied
-from fms_parallel.checkpoint.lazy import MemoryTensor
+from fms_parallel.checkpoint.lazy import LazyTensor, MemoryTensor
 from fms_parallel.errors import CheckpointError
 from fms_parallel.models.llama import LLaMAConfig, hf_adapter
 from tests.checkpoint.llamas import FUSED, TIED, TINY, build
 
 
-def lazily(**tensors: Tensor) -> dict[str, MemoryTensor]:
+def lazily(**tensors: Tensor) -> dict[str, LazyTensor]:
     return {key: MemoryTensor(tensor) for key, tensor in tensors.items()}
 
 
 def to_native(adapter: Adapter | Step, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: t.read_all() for key, t in adapter.to_native(lazily(**tensors)).items()}  # type: ignore[arg-type]
+    return {key: t.read_all() for key, t in adapter.to_native(lazily(**tensors)).items()}
 
 
 def from_native(adapter: Adapter | Step, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: t.read_all() for key, t in adapter.from_native(lazily(**tensors)).items()}  # type: ignore[arg-type]
+    return {key: t.read_all() for key, t in adapter.from_native(lazily(**tensors)).items()}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -136,7 +136,7 @@ def test_tied_names_are_one_tensor() -> None:
     step = Tied("head", "embedding")
     for held in ({"embedding": Q}, {"head": Q}, {"head": Q, "embedding": Q.clone()}):
         assert_same(to_native(step, held), {"embedding": Q, "head": Q})
-    one = MemoryTensor(Q)
+    one: LazyTensor = MemoryTensor(Q)
     assert step.from_native({"embedding": one, "head": one}) == {"embedding": one}
     with pytest.raises(CheckpointError, match="different contents"):
         to_native(step, {"head": Q, "embedding": Q + 1})
@@ -164,11 +164,19 @@ RENAME = Rename((("a.{n}", "x.{n}"), ("b", "y")))
 @pytest.mark.parametrize(
     ("steps", "tensors", "message"),
     [
-        ((RENAME,), {"a.1": Q, "c": Q, "d": Q}, r"reading as 'hf': keys without a rule \(2\): c, d\. Is this the right format"),
+        (
+            (RENAME,),
+            {"a.1": Q, "c": Q, "d": Q},
+            r"reading as 'hf': keys without a rule \(2\): c, d\. Is this the right format",
+        ),
         ((Rename((("a.{n}", "x.{n}"), ("a.1", "y"))),), {"a.1": Q}, r"a\.1 is claimed by 2 rules: x\.1, y"),
         ((Rename((("a", "x"), ("b", "x"))),), {"a": Q, "b": Q}, "two tensors would be called x"),
         ((GROUPS,), {"q.weight": Q, "k.weight": K}, r"to make qkv\.\{kind\}, keys are missing \(1\): v\.weight"),
-        ((GROUPS,), {"q.weight": K, "k.weight": K, "v.weight": V}, r"qkv\.weight: a tensor of shape \(12, 5\) has not 2"),
+        (
+            (GROUPS,),
+            {"q.weight": K, "k.weight": K, "v.weight": V},
+            r"qkv\.weight: a tensor of shape \(12, 5\) has not 2",
+        ),
         ((Stack(("a", "b"), "ab"),), {"a": Q, "b": K}, "ab: parts of shape .* do not fit together"),
         ((Fuse(("a", "b"), "ab", 0, (1, 2)),), {"a": K, "b": V}, r"ab: 24 along dim 0 is not the sum"),
         ((Fuse(("a", "b"), "ab", 0),), {"a": Q, "b": K}, r"ab: parts have sizes \(24, 12\) along dim 0, expected"),

@@ -1,4 +1,4 @@
-"""Weights out of a model of one process. Oracles: safetensors, and loading them again. Other layouts: tests/distributed."""
+"""Weights out of a model of one process. Oracles: safetensors, and loading again. Other layouts: tests/distributed."""
 
 from __future__ import annotations
 

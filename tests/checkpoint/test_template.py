@@ -39,7 +39,7 @@ def test_key_without_fields_matches_itself_alone() -> None:
 
 
 def test_unknown_and_repeated_fields_are_refused() -> None:
-    with pytest.raises(ConfigError, match="unknown field 'knd'. Did you mean 'kind'"):
+    with pytest.raises(ConfigError, match=r"unknown field 'knd'\. Did you mean 'kind'"):
         Template("a.{knd}")
     with pytest.raises(ConfigError, match="same field twice"):
         Template("{n}.{n}")

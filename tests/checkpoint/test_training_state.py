@@ -53,7 +53,7 @@ def save(folder: Path, run: Run, step: int = 1, **options: Any) -> Path:
 
 def tensors(run: Run) -> dict[str, Tensor]:
     model, optimizer = run
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     state = {f"{names[p]}/{kind}": t for p, kinds in optimizer.state.items() for kind, t in kinds.items()}
     return {**dict(model.named_parameters()), **state}
 
@@ -116,7 +116,8 @@ def test_state_goes_by_name_whatever_the_order_and_groups(tmp_path: Path, run: R
     path = save(tmp_path, run)
     model = build(TIED, seed=1)
     backwards = list(model.parameters())[::-1]
-    optimizer = torch.optim.AdamW([{"params": backwards[:3], "lr": 0.5}, {"params": backwards[3:]}], lr=0.25)
+    groups: list[dict[str, Any]] = [{"params": backwards[:3], "lr": 0.5}, {"params": backwards[3:]}]
+    optimizer = torch.optim.AdamW(groups, lr=0.25)
     load_training_state(path, model, optimizer)
     assert_same(run, (model, optimizer))
     assert [(group["lr"], len(group["params"])) for group in optimizer.param_groups] == [(0.5, 3), (0.25, 17)]
@@ -330,7 +331,9 @@ def test_trouble_with_removing_is_logged_and_the_new_one_stands(
 ) -> None:
     save(tmp_path, run, 1)
     with monkeypatch.context() as patched:
-        patched.setattr(training_state.shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or full_disk())
+        patched.setattr(
+            training_state.shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else full_disk()
+        )
         path = save(tmp_path, run, 2, keep=1)
     assert "step-00000002 was saved, but" in caplog.text and "No space left on device" in caplog.text
     assert latest_training_state(tmp_path) == path
@@ -349,7 +352,9 @@ def test_everything_that_does_not_fit_is_in_one_message(tmp_path: Path, run: Run
     with pytest.raises(CheckpointError) as caught:
         load_training_state(path, model, optimizer)
     message = str(caught.value)
-    assert message.startswith(f"{path} does not fit the model: missing (4): probe, head.weight, optimizer state of probe")
+    assert message.startswith(
+        f"{path} does not fit the model: missing (4): probe, head.weight, optimizer state of probe"
+    )
     assert "extra (" in message and "layers.1.attention.query.weight" in message
     assert "layers.0.feed_forward.up.weight ([38, 24], the model has [40, 24])" in message
     assert not optimizer.state

@@ -64,7 +64,8 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
     """As the trainer makes it: two groups, fused."""
     norms = [p for name, p in model.named_parameters() if "norm" in name]
     others = [p for name, p in model.named_parameters() if "norm" not in name]
-    return torch.optim.AdamW([{"params": others}, {"params": norms, "weight_decay": 0.0}], lr=1e-2, fused=True)
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": norms, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-2, fused=True)
 
 
 def digests(model: nn.Module, optimizer: torch.optim.Optimizer) -> Digests:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -174,28 +175,25 @@ def worst(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, floa
     }
 
 
-def compare_toys(layouts: list[str], names: list[str]) -> dict[str, dict[str, float]]:
+def compare_toys(pairs: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
     """On each rank: case and layout -> errors against one process, which runs here as well."""
-    report = {}
-    for name in names:
-        toy, patterns = CASES[name]
-        wanted = results(toy_model(toy), toy_batches(toy))
-        for text in layouts:
-            layout, model = ParallelLayout.parse(text), toy_model(toy)
-            plan = generate_layer_plan(model, patterns, sp=layout.sp)
-            model = compose(model, layout, plan=plan)
-            assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-            assert model.head.weight is model.embed.weight or not toy.tied
-            batches = toy_batches(toy)
-            rows = layout.data_parallel
-            if rows > 1:  # each data-parallel rank reads its own micro-batch, as train_step's mean expects
-                wanted = results(toy_model(toy), batches)
-                batches = [batches[torch.distributed.get_rank() // layout.tp]]
-            gradient, stepped = results(model, batches)
-            if rows > 1:
-                torch.distributed.all_reduce(gradient["loss"])
-                gradient["loss"] /= layout.tp
-            report[f"{name}, {text}"] = worst(gradient, wanted[0]) | worst(stepped, wanted[1])
+    report, wanted = {}, {}
+    for name, text in pairs:
+        (toy, patterns), layout = CASES[name], ParallelLayout.parse(text)
+        batches = toy_batches(toy)
+        if name not in wanted:
+            wanted[name] = results(toy_model(toy), batches)
+        model = toy_model(toy)
+        model = compose(model, layout, plan=generate_layer_plan(model, patterns, sp=layout.sp))
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        assert model.head.weight is model.embed.weight or not toy.tied
+        if layout.data_parallel > 1:  # each data-parallel rank reads its own micro-batch
+            batches = [batches[dist.get_rank() // layout.tp]]
+        gradient, stepped = results(model, batches)
+        if layout.data_parallel > 1:
+            dist.all_reduce(gradient["loss"])
+            gradient["loss"] /= layout.tp
+        report[f"{name}, {text}"] = worst(gradient, wanted[name][0]) | worst(stepped, wanted[name][1])
     return report
 
 
@@ -211,15 +209,13 @@ def assert_close(reports: list[dict[str, dict[str, float]]], limit: float = 1e-1
 
 
 def test_gradients_and_step_equal_one_process() -> None:
-    assert_close(run_ranks(compare_toys, 2, ["tp=2", "tp=2,sp"], list(CASES)))
-
-
-def test_gradients_with_recomputation_equal_one_process() -> None:
-    assert_close(run_ranks(compare_toys, 2, ["tp=2,recompute=full", "tp=2,sp,recompute=full"], ["plain"]))
+    pairs = [(name, layout) for name in CASES for layout in ("tp=2", "tp=2,sp")]
+    assert_close(run_ranks(compare_toys, 2, [*pairs, ("plain", "tp=2,sp,recompute=full")]))
 
 
 def test_plan_composes_with_fsdp() -> None:
-    assert_close(run_ranks(compare_toys, 4, ["fsdp=2,tp=2", "fsdp=2,tp=2,sp", "tp=4,sp"], ["plain", "tied"]))
+    layouts = ("fsdp=2,tp=2", "fsdp=2,tp=2,sp", "tp=4,sp")
+    assert_close(run_ranks(compare_toys, 4, [("tied", layout) for layout in layouts]))
 
 
 REFUSED: dict[str, tuple[Toy, dict[str, str], str, bool, str]] = {

@@ -1,0 +1,108 @@
+"""Each private or renamed torch API behind `fms_parallel/compat.py`, against what its public counterpart gives."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from fms_parallel import compat
+from fms_parallel.distributed.launch import run_ranks
+
+
+def mine() -> torch.Tensor:
+    """`[4, 3]`, other numbers on every rank."""
+    return torch.arange(12.0).view(4, 3) + 100 * dist.get_rank()
+
+
+def collective_results() -> dict[str, Any]:
+    """Function -> what it gave on this rank."""
+    group, gathered, scattered = dist.group.WORLD, torch.empty(8, 3), torch.empty(2, 3)
+    assert group is not None
+    compat.all_gather_single(gathered, mine(), group)
+    compat.reduce_scatter_single(scattered, mine(), group)
+    results = {
+        "all_gather_single": gathered,
+        "reduce_scatter_single": scattered,
+        "functional_all_reduce": compat.functional_all_reduce(mine(), group),
+        "functional_all_gather": compat.functional_all_gather(mine(), group),
+        "functional_reduce_scatter": compat.functional_reduce_scatter(mine(), group),
+    }
+    results["replicate"] = replicated_gradient()
+    return {name: tensor.tolist() for name, tensor in results.items()} | {"local_shape_and_offset": pieces()}
+
+
+def pieces() -> list[tuple[Any, ...]]:
+    """(shape, values) agree with the DTensor: even, uneven, empty and whole pieces."""
+    mesh = init_device_mesh("cpu", (2,))
+    found: list[tuple[Any, ...]] = []
+    for rows, placement in ((4, Shard(0)), (3, Shard(0)), (1, Shard(0)), (4, Shard(1)), (4, Replicate())):
+        full = torch.arange(rows * 5.0).view(rows, 5)
+        local = distribute_tensor(full, mesh, [placement], src_data_rank=None).to_local()
+        shape, offset = compat.local_shape_and_offset(full.shape, mesh, (placement,))
+        held = full[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+        found.append((tuple(local.shape) == shape, torch.equal(local, held)))
+    return found
+
+
+def replicated_gradient() -> torch.Tensor:
+    """Gradient of `sum(model(x_rank))`, averaged over two ranks."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1, bias=False)
+    compat.replicate(model, init_device_mesh("cpu", (2,)))
+    assert isinstance(model, FSDPModule)
+    model(mine()).sum().backward()
+    assert model.weight.grad is not None
+    return model.weight.grad.full_tensor()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict[str, Any]]:
+    """Of two ranks, which start once for all tests of this file."""
+    return [
+        {name: found if name == "local_shape_and_offset" else torch.tensor(found) for name, found in result.items()}
+        for result in run_ranks(collective_results, 2)
+    ]
+
+
+BASE = torch.arange(12.0).view(4, 3)
+BOTH = torch.cat([BASE, BASE + 100])
+SUM = 2 * BASE + 100
+
+
+@pytest.mark.parametrize("name", ["all_gather_single", "functional_all_gather"])
+def test_gather_concatenates_along_dim_0(name: str, results: list[dict[str, Any]]) -> None:
+    assert all(torch.equal(result[name], BOTH) for result in results)
+
+
+@pytest.mark.parametrize("name", ["reduce_scatter_single", "functional_reduce_scatter"])
+def test_reduce_scatter_keeps_this_ranks_rows_of_the_sum(name: str, results: list[dict[str, Any]]) -> None:
+    assert torch.equal(torch.cat([result[name] for result in results]), SUM)
+
+
+def test_functional_all_reduce_sums(results: list[dict[str, Any]]) -> None:
+    assert all(torch.equal(result["functional_all_reduce"], SUM) for result in results)
+
+
+def test_local_shape_and_offset_name_what_a_dtensor_holds(results: list[dict[str, Any]]) -> None:
+    assert all(result["local_shape_and_offset"] == [(True, True)] * 5 for result in results)
+
+
+def test_replicate_averages_gradients(results: list[dict[str, Any]]) -> None:
+    want = BOTH.sum(0, keepdim=True) / 2
+    assert all(torch.equal(result["replicate"], want) for result in results)
+
+
+def test_every_function_is_tested() -> None:
+    functions = {name for name, f in inspect.getmembers(compat, inspect.isfunction) if f.__module__ == compat.__name__}
+    assert functions == {
+        *("all_gather_single", "reduce_scatter_single", "local_shape_and_offset", "replicate"),
+        *("functional_all_reduce", "functional_all_gather", "functional_reduce_scatter"),
+    }
