@@ -24,6 +24,8 @@ WITNESSES_WAIT = 4.0
 """Seconds. The launcher ends all ranks when the first one exits, so who knows most must speak first: rank 0 of ranks
 that make the same mistake, and a rank that failed before those that only lost contact with it."""
 
+BOOLEANS = {"true": True, "false": False}
+
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Exit with what `main` returns; an `FmsError` becomes one sentence on stderr and exit code 2, never a traceback.
@@ -57,13 +59,16 @@ def _say(message: str, wait: float) -> None:
 
 
 def add_fields(parser: argparse._ArgumentGroup | argparse.ArgumentParser, fields: Iterable[Field[Any]]) -> None:
-    """One flag per dataclass field; metadata: `help`, and `type` where the default does not show it, `choices`."""
+    """One flag per dataclass field; metadata: `help`, and `type` where the default does not show it, `choices`.
+
+    A flag for a bool takes a word, `--name true`.
+    """
     for field in fields:
         kind = field.metadata.get("type") or type(field.default)
         shown = "" if field.default is None else " (default: %(default)s)"
         parser.add_argument(
             f"--{field.name}",
-            type=kind,
+            type=_read_bool if kind is bool else kind,
             default=field.default,
             choices=field.metadata.get("choices"),
             metavar=None if "choices" in field.metadata else kind.__name__.upper(),
@@ -71,8 +76,16 @@ def add_fields(parser: argparse._ArgumentGroup | argparse.ArgumentParser, fields
         )
 
 
+def _read_bool(word: str) -> bool:
+    if word.lower() not in BOOLEANS:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
+    return BOOLEANS[word.lower()]
+
+
 def assignments(words: Iterable[str], flag: str) -> dict[str, Any]:
-    """`["layers=2", "tied=True"]` -> `{"layers": 2, "tied": True}`: Python literals, anything else is text.
+    """`["layers=2", "tied=true"]` -> `{"layers": 2, "tied": True}`.
+
+    Python literals, and true and false in any case (a text "false" would count as true); anything else is text.
 
     Raises:
         ConfigError: a word without `=`, or a name given twice.
@@ -84,8 +97,14 @@ def assignments(words: Iterable[str], flag: str) -> dict[str, Any]:
             raise ConfigError(f"{flag} {word!r}: write name=value.")
         if name in values:
             raise ConfigError(f"{flag}: {name} is given twice.")
-        try:
-            values[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            values[name] = value
+        values[name] = _read_literal(value)
     return values
+
+
+def _read_literal(text: str) -> Any:
+    if text.lower() in BOOLEANS:
+        return BOOLEANS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):  # TypeError: `{[]: 1}`
+        return text

@@ -66,7 +66,9 @@ def replicate(module: nn.Module, mesh: DeviceMesh, **policies: Any) -> None:
     torch_replicate(module, mesh=mesh, **policies)
 
 
-def set_fsdp_reduce_scatter(module: nn.Module, reduce_scatter: Callable[[Tensor, Tensor, dist.ProcessGroup], None]) -> None:
+def set_fsdp_reduce_scatter(
+    module: nn.Module, reduce_scatter: Callable[[Tensor, Tensor, dist.ProcessGroup], None]
+) -> None:
     """Let an FSDP2 module sum gradients with `reduce_scatter(out, full, group)`, where `full` is flat."""
     from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 

@@ -99,6 +99,11 @@ def train_with(args: argparse.Namespace, options: TrainOptions, layout: Parallel
     config = get_config(args.architecture, args.variant, **overrides)
     layout.validate(config.shape())
     refuse_unimplemented(layout)
+    if args.seq_len > config.max_positions:
+        raise ConfigError(
+            f"--seq_len {args.seq_len} is longer than the model's max_positions={config.max_positions}: "
+            "use shorter rows, or --override max_positions=N for a model without a checkpoint."
+        )
     torch.use_deterministic_algorithms(args.deterministic)
     with process_group(args.device_type, args.timeout) as launch:
         log_to_stderr(logging.INFO, launch.rank)
@@ -170,11 +175,6 @@ def fit_vocabulary(args: argparse.Namespace, overrides: dict[str, Any], tokenize
         overrides = {**overrides, "vocab_size": tokenizer.vocab_size}
     config = get_config(args.architecture, args.variant, **overrides)
     check_vocab(tokenizer, config.vocab_size)
-    if args.seq_len > config.max_positions:
-        raise ConfigError(
-            f"--seq_len {args.seq_len} is longer than the model's max_positions={config.max_positions}: "
-            "use shorter rows, or --override max_positions=N for a model without a checkpoint."
-        )
     return overrides
 
 

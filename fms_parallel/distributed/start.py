@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from fms_parallel.errors import ConfigError
+from fms_parallel.errors import ConfigError, unknown
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
@@ -31,12 +31,24 @@ class Launch:
 
     @classmethod
     def read(cls, variables: Mapping[str, str] = os.environ) -> Launch:
-        """Read torchrun's variables; without them this is a job of one process."""
+        """Read torchrun's variables; without RANK this is a job of one process.
+
+        Raises:
+            ConfigError: a variable that is missing or is not a number.
+        """
         if "RANK" not in variables:
             return cls()
-        rank, world = int(variables["RANK"]), int(variables["WORLD_SIZE"])
-        local = int(variables.get("LOCAL_RANK", rank))
-        return cls(rank, world, local, int(variables.get("LOCAL_WORLD_SIZE", world)))
+        rank, world = _number(variables, "RANK"), _number(variables, "WORLD_SIZE")
+        local = _number(variables, "LOCAL_RANK", rank)
+        return cls(rank, world, local, _number(variables, "LOCAL_WORLD_SIZE", world))
+
+
+def _number(variables: Mapping[str, str], name: str, default: int | None = None) -> int:
+    word = variables.get(name, "" if default is None else str(default))
+    if not word.isdecimal():
+        given = f"{name}={word!r} is not a number" if word else f"RANK is set but {name} is not"
+        raise ConfigError(f"{given}: start the job with torchrun, or unset RANK for one process.")
+    return int(word)
 
 
 def pick_device(device_type: str, launch: Launch) -> torch.device:
@@ -46,15 +58,15 @@ def pick_device(device_type: str, launch: Launch) -> torch.device:
         ConfigError: no such device type here, or fewer GPUs than ranks on this node.
     """
     if device_type not in BACKENDS:
-        raise ConfigError(f"device type {device_type!r}: known are {', '.join(BACKENDS)}.")
+        raise ConfigError(unknown("device type", device_type, BACKENDS))
     if device_type == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("device type 'cuda': this torch build or machine has no CUDA device; use --device_type cpu.")
     if launch.local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"local rank {launch.local_rank} has no GPU: the node has {torch.cuda.device_count()}; "
-            f"start with --nproc_per_node={torch.cuda.device_count()}."
+            f"local rank {launch.local_rank} has no GPU: each rank needs its own and the node has "
+            f"{torch.cuda.device_count()}; start with --nproc_per_node={torch.cuda.device_count()}."
         )
     device = torch.device("cuda", launch.local_rank)
     torch.cuda.set_device(device)
@@ -66,8 +78,12 @@ def process_group(device_type: str = "cpu", timeout_seconds: float = 600.0) -> I
     """Run the body inside a process group of all ranks that the launcher started, and leave it in order.
 
     A job of one process gets no group at all. Every collective of the job times out after `timeout_seconds`.
+
+    Raises:
+        ConfigError: what `Launch.read` and `pick_device` refuse, before the group starts.
     """
     launch = Launch.read()
+    pick_device(device_type, launch)
     if launch.world_size == 1 or dist.is_initialized():
         yield launch
         return

@@ -93,7 +93,7 @@ class FeedForward(nn.Module):
             projected = projected[0].chunk(2, dim=-1)
         if not self.gated:
             return ACTIVATIONS[self.activation](projected[0])
-        return gate(*projected, self.activation)
+        return gate(projected[0], projected[1], self.activation)
 
     def parameter(self, parameter: Tensor, like: Tensor) -> Tensor:
         """An input matrix or its bias, in the dtype of `like`."""

@@ -12,7 +12,7 @@ from fms_parallel.training.options import TrainOptions
 
 __all__ = ["TrainOptions", "Trainer", "evaluate", "train", "train_step"]
 
-_HOMES = {"train": "loop", "Trainer": "loop", "evaluate": "evaluate", "train_step": "step"}
+_HOMES = {"train": "loop", "Trainer": "loop", "evaluate": "validation", "train_step": "step"}
 
 
 def __getattr__(name: str) -> Any:

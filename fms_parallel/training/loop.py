@@ -28,7 +28,7 @@ from fms_parallel.errors import ConfigError, TrainingError
 from fms_parallel.log import get_logger
 from fms_parallel.modules.dropout import Dropout
 from fms_parallel.strategy.base import parallel_of
-from fms_parallel.training.evaluate import evaluate
+from fms_parallel.training.validation import evaluate
 from fms_parallel.training.interrupt import Interrupt, catch_interrupts
 from fms_parallel.training.metrics import METRICS, MetricsWriter, peak_memory_bytes
 from fms_parallel.training.optimizer import learning_rate, make_optimizer

@@ -187,6 +187,10 @@ def fail_saving(folder: str) -> dict[str, Any]:
         next(iter(optimizer.state.values()))["note"] = "only here"
     found["state on rank 1"] = (caught(lambda: save({})), latest_training_state(path), [])
     optimizer.state[next(iter(optimizer.state))].pop("note", None)
+    own = path / f"node {dist.get_rank()}"  # as on machines that do not share their disks
+    options: dict[str, Any] = {"step": 1, "model": model, "optimizer": optimizer, "numbers": {}}
+    message = caught(lambda: save_training_state(own, **options))
+    found["folders differ"] = (message, latest_training_state(own), [])
     dist.barrier()
     found["afterwards"] = save({})
     with broken(FileMark, "of", 1):
@@ -203,7 +207,12 @@ def test_failure_on_one_rank_is_an_error_on_all_and_leaves_nothing(tmp_path: Pat
             message, latest, left = record[name]
             assert message is not None and "No space left" in message, name
             assert (latest, left) == (None, []), name
-        for name, word in (("numbers differ", "same on every rank"), ("state on rank 1", "only tensors")):
+        words = {
+            "numbers differ": "same on every rank",
+            "state on rank 1": "only tensors",
+            "folders differ": "shared file",
+        }
+        for name, word in words.items():
             message, latest, _ = record[name]
             assert message is not None and word in message and latest is None, name
         assert record["afterwards"] == tmp_path / "step-00000001"

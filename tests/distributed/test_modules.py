@@ -104,11 +104,11 @@ def blocks() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """(name, native model) of every case."""
     for name, shape in ATTENTIONS.items():
         for fused in (False, True):
-            build = lambda shape=replace(shape, fused=fused): Residual(lambda: Attention(shape))  # noqa: E731
-            yield f"attention, {name}{', fused' if fused else ''}", build
+            stored = replace(shape, fused=fused)
+            yield f"attention, {name}{', fused' if fused else ''}", lambda s=stored: Residual(lambda: Attention(s))  # type: ignore[misc]
     for name, options in FEEDFORWARDS.items():
-        build = lambda options={"hidden": 6, **options}: Residual(lambda: FeedForward(E, **options))  # noqa: E731
-        yield f"feed-forward, {name}", build
+        options = {"hidden": 6, **options}
+        yield f"feed-forward, {name}", lambda o=options: Residual(lambda: FeedForward(E, **o))  # type: ignore[misc]
     yield "rms norm", lambda: Alone(RMSNorm(E))
     yield "layer norm", lambda: Alone(LayerNorm(E))
     yield "layer norm without bias", lambda: Alone(LayerNorm(E, bias=False))
@@ -211,7 +211,9 @@ def run_model(model: nn.Module, vocabulary: int) -> Found:
 def errors(got: Found, want: Found) -> dict[str, float]:
     """Largest difference of each entry, relative to its largest element; NaN counts as infinite."""
     assert got.keys() == want.keys()
-    found = {name: float((got[name] - want[name]).abs().max() / want[name].abs().max().clamp(min=1e-3)) for name in want}
+    found = {
+        name: float((got[name] - want[name]).abs().max() / want[name].abs().max().clamp(min=1e-3)) for name in want
+    }
     return {name: error if error == error else float("inf") for name, error in found.items()}
 
 
@@ -233,7 +235,7 @@ def compare_models(mesh: DeviceMesh) -> Iterator[tuple[str, dict[str, float]]]:
     for vocabulary in VOCABULARIES:
         want = run_model(drawn(LanguageModel(vocabulary)), vocabulary.size)
         for sp in (False, True):
-            model = distributed(drawn(LanguageModel(vocabulary)), mesh, sp, vocabulary.loss_parallel)
+            model: Any = distributed(drawn(LanguageModel(vocabulary)), mesh, sp, vocabulary.loss_parallel)
             held = model.embedding.weight.to_local().shape[0]
             assert held <= -(-vocabulary.size // mesh.size()), "each rank holds its rows only"
             assert not vocabulary.tied or model.head.weight is model.embedding.weight

@@ -27,7 +27,11 @@ def build(**options: object) -> FeedForward:
 
 
 def naive(block: FeedForward, x: Tensor) -> Tensor:
-    hidden = ORACLES[block.activation](block.gate(x)) * block.up(x) if block.gated else ORACLES[block.activation](block.up(x))
+    hidden = (
+        ORACLES[block.activation](block.gate(x)) * block.up(x)
+        if block.gated
+        else ORACLES[block.activation](block.up(x))
+    )
     return block.down(hidden)
 
 
@@ -60,7 +64,9 @@ def test_fused_equals_separate(bias: bool, activation: str) -> None:
         fused.gate_up.weight.copy_(torch.stack([separate.gate.weight, separate.up.weight]))
         fused.down.load_state_dict(separate.down.state_dict())
         if bias:
-            fused.gate_up.bias.copy_(torch.stack([separate.gate.bias, separate.up.bias]))
+            fused.gate_up.bias.copy_(  # type: ignore[union-attr]
+                torch.stack([separate.gate.bias, separate.up.bias])
+            )
     x = torch.randn(2, 3, E, dtype=torch.float64)
     torch.testing.assert_close(fused(x), separate(x), rtol=1e-12, atol=1e-12)
 
@@ -75,7 +81,12 @@ def test_gate_keeps_two_tensors_for_the_backward_pass() -> None:
     """Autograd of the formula keeps three."""
     g, u = (torch.randn(3, 5, requires_grad=True) for _ in range(2))
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         gate(g, u, "silu")
     assert len(kept) == 2
 

@@ -27,9 +27,7 @@ def whole(init: Init, shape: tuple[int, ...] = SHAPE, key: str = "0/weight") -> 
 
 @pytest.mark.parametrize("init", INITS, ids=lambda init: type(init).__name__)
 @pytest.mark.parametrize("elements", [1, 24, 36, 1 << 20], ids=lambda n: f"{n} a block")
-def test_any_box_holds_the_same_bits_as_the_whole(
-    init: Init, elements: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_box_holds_the_same_bits_as_the_whole(init: Init, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same (seed, name): bitwise the same values for every split, whatever blocks they were drawn in."""
     monkeypatch.setattr(room, "BLOCK_ELEMENTS", elements)
     full = whole(init)

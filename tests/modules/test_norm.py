@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import TypeVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +9,12 @@ from torch import nn
 
 from fms_parallel.errors import ConfigError
 from fms_parallel.modules.norm import LayerNorm, RMSNorm, rms_norm
+from tests.gradient import grad
+
+N = TypeVar("N", bound=nn.Module)
 
 
-def filled(norm: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+def filled(norm: N, dtype: torch.dtype = torch.float64) -> N:
     with torch.no_grad():
         for parameter in norm.parameters():
             parameter.normal_()
@@ -52,7 +57,7 @@ def test_rms_norm_of_zeros_is_zero_with_finite_gradients() -> None:
     x, weight = torch.zeros(2, 4, requires_grad=True), torch.ones(4, requires_grad=True)
     y = rms_norm(x, weight, 1e-5)
     y.sum().backward()
-    assert not y.any() and x.grad.isfinite().all() and not weight.grad.any()
+    assert not y.any() and grad(x).isfinite().all() and not grad(weight).any()
 
 
 def test_second_derivatives_are_refused_not_wrong() -> None:

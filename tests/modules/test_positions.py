@@ -33,7 +33,7 @@ SCALED: dict[str, tuple[str, dict[str, Any], float, float]] = {  # name -> kind,
 @pytest.mark.parametrize("name", SCALED)
 @pytest.mark.parametrize("length", [ORIGINAL // 2, 4 * ORIGINAL])
 def test_tables_equal_transformers(name: str, length: int) -> None:
-    """Also beyond the original length, where a dropped scaling shows (defect W9 of the reference: `rope_scaling` lost)."""
+    """Also beyond the original length, where a dropped scaling shows (defect W9 of the reference: it was)."""
     transformers = pytest.importorskip("transformers")
     from transformers.models.stablelm.modeling_stablelm import StableLmRotaryEmbedding  # Llama's, but reads the part
 
@@ -92,7 +92,9 @@ def test_rotation_turns_each_pair_by_position_times_frequency() -> None:
     x = torch.randn(1, 7, 1, D, dtype=torch.float64)
     cos, sin = Rotary(D).tables(torch.arange(7), 7)
     angles = torch.arange(7)[:, None] * 10000.0 ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
-    pairs = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * torch.polar(torch.ones_like(angles), angles)[None, :, None]
+    pairs = (
+        torch.complex(x[..., : D // 2], x[..., D // 2 :]) * torch.polar(torch.ones_like(angles), angles)[None, :, None]
+    )
     torch.testing.assert_close(rotate(x, cos, sin), torch.cat([pairs.real, pairs.imag], -1), rtol=1e-5, atol=1e-5)
 
 

@@ -146,6 +146,8 @@ def test_what_cannot_be_cut_over_the_ranks_is_refused(word: str, module: nn.Modu
         WORDS[word]("layer", False, Door()).check(module, 2)
 
 
-@pytest.mark.parametrize(("word", "module"), [("colwise_gather", nn.Linear(8, 9)), ("rowwise_embedding", nn.Embedding(9, 8))])
+@pytest.mark.parametrize(
+    ("word", "module"), [("colwise_gather", nn.Linear(8, 9)), ("rowwise_embedding", nn.Embedding(9, 8))]
+)
 def test_a_vocabulary_need_not_divide(word: str, module: nn.Module) -> None:
     WORDS[word]("layer", False, Door()).check(module, 2)

@@ -1,0 +1,121 @@
+"""The training command in one process: a whole run, and one sentence for everything that can be wrong with it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fms_parallel.errors import FmsError
+from fms_parallel.training.metrics import METRICS, read_metrics
+from scripts import inference, train_causal
+
+SMALL = [
+    *("--override", "width=32", "--override", "layers=1", "--override", "ffn_width=48"),
+    *("--seq_len", "16", "--batch_size", "4", "--steps", "3"),
+]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog.\n" * 40)
+    return file
+
+
+def command(monkeypatch: pytest.MonkeyPatch, script: Any, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", [script.__file__, *words])
+    code: int = script.main()
+    return code
+
+
+def test_a_run_leaves_what_inference_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    words = ["--dataset_path", str(text), "--output_path", str(folder), "--validate_steps", "2", "--sample_steps", "2"]
+    assert command(monkeypatch, train_causal, *SMALL, *words, "--validation_fraction", "0.2") == 0
+    assert len(read_metrics(folder / METRICS)) == 3
+    assert (folder / "loss.png").stat().st_size > 1000
+    assert "---- step 3" in (folder / "samples.txt").read_text()
+    assert "step      3  loss" in capsys.readouterr().out
+    ask = ["--run_folder", str(folder), "--prompt", "The ", "--max_new_tokens", "5", "--json"]
+    assert command(monkeypatch, inference, *ask) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "The "
+
+
+def test_a_sentencepiece_tokenizer_is_trained_on_the_text(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: Path
+) -> None:
+    folder = tmp_path / "run"
+    words = ["--dataset_path", str(text), "--output_path", str(folder), "--tokenizer", "sentencepiece:300"]
+    assert command(monkeypatch, train_causal, *SMALL, *words) == 0
+    known = json.loads((folder / "run.json").read_text())
+    assert known["overrides"]["vocab_size"] == 300 and Path(known["tokenizer"]).is_file()
+
+
+BAD: list[tuple[list[str], list[str]]] = [
+    (["--variant", "9b"], ["'9b'", "Known", "7b"]),
+    (["--architecture", "lama"], ["'lama'", "'llama'"]),
+    (["--override", "widht=3"], ["'widht'", "'width'"]),
+    (["--override", "width"], ["--override", "name=value"]),
+    (["--override", "heads=5"], ["192", "5"]),
+    (["--distributed", "tp=2,spp"], ["'spp'", "'sp'"]),
+    (["--distributed", "tp=2"], ["2 ranks", "job has 1", "--nproc_per_node=2"]),
+    (["--distributed", "pp=2"], ["2 ranks", "job has 1"]),
+    (["--distributed", "precision=fp64", "--default_dtype", "fp32"], ["fp32", "fp64", "contradict"]),
+    (["--tokenizer", "nowhere.model"], ["'nowhere.model'"]),
+    (["--tokenizer", "sentencepiece:x"], ["sentencepiece:N"]),
+    (["--dataset_path", "nowhere.txt"], ["nowhere.txt"]),
+    (["--dataset_style", "txt"], ["'txt'", "'text'"]),
+    (["--dataset_option", "max_byte=3"], ["'max_byte'", "'max_bytes'"]),
+    (["--override", "vocab_size=100"], ["256", "100", "vocabulary"]),
+    (["--seq_len", "5000"], ["5000", "max_positions=1024"]),
+    (["--batch_size", "6", "--grad_accum_steps", "4"], ["6", "4"]),
+    (["--model_path", "nowhere"], ["nowhere", "no such file"]),
+    (["--checkpoint_format", "hf"], ["model_path"]),
+    (["--steps", "3", "--epochs", "2"], ["steps=3", "epochs=2"]),
+    (["--lr", "-1"], ["lr=-1.0", "> 0"]),
+    (["--resume", "auto"], ["resume=auto", "output_path"]),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), BAD, ids=[" ".join(words) for words, _ in BAD])
+def test_a_bad_command_gets_a_clear_sentence(
+    monkeypatch: pytest.MonkeyPatch, text: Path, words: list[str], said: list[str]
+) -> None:
+    given = ["--dataset_path", str(text)] if not any("dataset_style" in word for word in words) else []
+    with pytest.raises(FmsError) as caught:
+        command(monkeypatch, train_causal, *given, *words)
+    assert all(word in str(caught.value) for word in said), str(caught.value)
+
+
+def test_an_empty_dataset_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(FmsError, match=r"empty\.txt"):
+        command(monkeypatch, train_causal, *SMALL, "--dataset_path", str(tmp_path / "empty.txt"))
+
+
+@pytest.mark.parametrize("script", ["train_causal", "inference"])
+def test_help_needs_no_torch(script: str) -> None:
+    code = (
+        f"import sys, contextlib, io; from scripts import {script}\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):\n"
+        f"    {script}.build_parser().parse_args(['--help'])\n"
+        "sys.exit('torch' in sys.modules or '--distributed' not in out.getvalue())"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("script", [train_causal, inference])
+def test_no_flag_is_swallowed_by_torchrun(script: Any) -> None:
+    """torchrun takes a script's flag for its own when it abbreviates one of them."""
+    from torch.distributed.run import get_args_parser
+
+    theirs = {word for action in get_args_parser()._actions for word in action.option_strings}
+    ours = {word for action in script.build_parser()._actions for word in action.option_strings if word.startswith("--")}
+    assert not [word for word in ours - {"--help"} if any(other.startswith(word) for other in theirs)]
