@@ -4,9 +4,10 @@
     python benchmarks/train_step.py --size large      134 M parameters; minutes
     python benchmarks/train_step.py --json
 
-Every contestant of a row lives in the same ranks and takes its steps in turn (A B C A B C ...), so whatever disturbs the
-machine disturbs all of them. A step is forward, backward, clipping and AdamW(fused). CPU seconds are summed over ranks;
-they are the figure to compare, wall time depends on who else uses the cores. Memory is measured in runs of its own.
+Every contestant of a row lives in the same ranks and takes its steps in turn (A B C A B C ...), so whatever disturbs
+the machine disturbs all of them. A step is forward, backward, clipping and AdamW(fused). CPU seconds are summed over
+ranks; they are the figure to compare, wall time depends on who else uses the cores. Memory is measured in runs of its
+own.
 Losses must agree, or the benchmark fails: nobody is faster by computing something else.
 """
 
@@ -22,7 +23,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,9 +83,9 @@ def _ours(layout: str, size: Size, folder: str) -> Step:
     from fms_parallel.training.options import TrainOptions
     from fms_parallel.training.step import train_step
 
-    fields = {name: value for name, value in asdict(size).items() if name not in ("seq", "batch")}
-    limits = {"max_positions": size.seq, "norm_eps": 1e-5}
-    model = get_model("llama", "micro", folder, "hf", distributed_strategy=layout or None, **fields, **limits)
+    fields: dict[str, Any] = {name: value for name, value in asdict(size).items() if name not in ("seq", "batch")}
+    fields |= {"max_positions": size.seq, "norm_eps": 1e-5}
+    model = get_model("llama", "micro", folder, "hf", distributed_strategy=layout or None, **fields)
     optimizer = make_optimizer(model, TrainOptions())
     return lambda ids, labels: train_step(model, optimizer, [Batch(ids, labels)], max_grad_norm=1.0).loss
 
@@ -340,7 +340,9 @@ def print_row(row: str, numbers: dict[str, Any]) -> None:
             continue
         ratio = f"{found['cpu_s'] / peer['cpu_s']:.2f}" if peer else "-"
         peak = f"{found['peak_MiB']:7.0f} MiB/rank" if "peak_MiB" in found else ""
-        print(f"  {name:<20} {found['cpu_s']:7.3f} CPU s   {found['wall_s']:7.3f} s   {ratio:>5} x   {peak}", flush=True)
+        print(
+            f"  {name:<20} {found['cpu_s']:7.3f} CPU s   {found['wall_s']:7.3f} s   {ratio:>5} x   {peak}", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def local_shape_and_offset(
     return tuple(local), tuple(offset)
 
 
-def replicate(module: nn.Module, mesh: DeviceMesh, **policies: Any) -> None:
+def replicate(module: nn.Module | list[nn.Module], mesh: DeviceMesh, **policies: Any) -> None:
     """FSDP2's machinery with whole parameters on every rank: plain data parallelism, gradients all-reduced."""
     from torch.distributed._composable.replicate_with_fsdp import replicate as torch_replicate
 

@@ -3,10 +3,10 @@
     torchrun --nproc_per_node=4 -m fms_parallel.verify --factory fms_parallel.models:get_model \\
         --architecture llama --variant micro --distributed fsdp=2,tp=2,sp --dtype fp64
 
-The factory is named as `module:callable`, so the library imports no model; flags that are not known here are passed to it
-(`--variant micro` becomes `variant="micro"`). It is called twice on every rank: with `distributed_strategy=LAYOUT` and
-with `distributed_strategy=None`; both must start from the same weights, as `get_model` does. Each rank then compares the
-boxes that it holds with the same boxes of the whole model.
+The factory is named as `module:callable`, so the library imports no model; flags that are not known here are passed to
+it (`--variant micro` becomes `variant="micro"`). Every rank calls it twice: with `distributed_strategy=` the layout,
+and with the layout of one process; both must start from the same weights, as those of `get_model` do. Each rank then
+compares the boxes that it holds with the same boxes of the whole model.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ TOLERANCE = {"fp32": 1e-5, "fp64": 1e-12}
 """Largest relative error: of the loss, and of each tensor as max |a - b| / max |b|."""
 
 EPSILON = 1e-4
-"""Of AdamW here. Its first update is g / (|g| + eps): the usual 1e-8 would turn the rounding of a gradient near zero into
-a whole step, in one process as well.
+"""Of AdamW here. Its first update is g / (|g| + eps): the usual 1e-8 would turn the rounding of a gradient near zero
+into a whole step, in one process as well.
 """
 
 NUMBERS = ("dtype", "batch_size", "seq_len", "vocab_size", "grad_accum_steps", "seed")
@@ -163,7 +163,9 @@ def _one_step(model: nn.Module, rows: Any, seed: int, pieces: int) -> Step:
         group["eps"] = EPSILON
     result = train_step(model, optimizer, batches, max_grad_norm=None, keys=keys, check_gradients=True)
     parameters = dict(model.named_parameters())
-    return Step(result.loss, result.grad_norm, {n: p.grad for n, p in parameters.items() if p.grad is not None}, parameters)
+    return Step(
+        result.loss, result.grad_norm, {n: p.grad for n, p in parameters.items() if p.grad is not None}, parameters
+    )
 
 
 def _worst(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> tuple[float, str]:

@@ -239,8 +239,8 @@ _LLAMA3 = LLaMAConfig(
 _ROPE31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _LLAMA31 = replace(_LLAMA3, max_positions=131072, rope_scaling="llama3", rope_options=_ROPE31)
 _LLAMA32 = replace(_LLAMA31, rope_options=_ROPE31 | {"factor": 32.0}, tied=True)
-_13B = {"width": 5120, "layers": 40, "heads": 40, "ffn_width": 13824}
-_70B = {"width": 8192, "layers": 80, "heads": 64, "kv_heads": 8, "ffn_width": 28672}
+_13B: dict[str, Any] = {"width": 5120, "layers": 40, "heads": 40, "ffn_width": 13824}
+_70B: dict[str, Any] = {"width": 8192, "layers": 80, "heads": 64, "kv_heads": 8, "ffn_width": 28672}
 _GRANITE_CODE = LLaMAConfig(
     vocab_size=49152, attention_bias=True, ffn_bias=True, tied=True, dropout=0.1, bos_id=0, eos_id=0, pad_id=0
 )

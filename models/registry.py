@@ -240,8 +240,8 @@ def _check_request(
         raise CheckpointError(f"{model_path}: no such file or folder.")
     if checkpoint_sharding not in (None, "layer"):
         raise ConfigError(
-            f"checkpoint_sharding={checkpoint_sharding!r}: not needed, each rank reads its own slices of any safetensors "
-            "files; leave it out."
+            f"checkpoint_sharding={checkpoint_sharding!r}: not needed, each rank reads its own slices of any "
+            "safetensors files; leave it out."
         )
     if group is not None and group is not dist.group.WORLD:
         raise ConfigError("group: only the whole world is supported; leave it out and choose a layout.")
@@ -315,8 +315,7 @@ def _guess_source(known: Architecture, config: Any, tensors: Mapping[str, Any]) 
             logger.debug("not a %s checkpoint: %s", name, error)
     if len(fitting) != 1:
         raise CheckpointError(
-            f"cannot tell whose keys these are ({', '.join(sorted(tensors)[:3])}, ...): fits {fitting or 'no source'} of "
-            f"{known.name}. Name one with source=: {', '.join(list_sources(known.name))}."
+            f"cannot tell whose keys these are ({', '.join(sorted(tensors)[:3])}, ...): fits "
+            f"{fitting or 'no source'} of {known.name}. Name one with source=: {', '.join(list_sources(known.name))}."
         )
     return fitting[0]
-

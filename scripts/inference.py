@@ -1,6 +1,6 @@
 """Continue prompts with a model, over any layout.
 
-    python scripts/inference.py --run_folder runs/demo --prompt "def "                           a run of train_causal.py
+    python scripts/inference.py --run_folder runs/demo --prompt "def "                  a run of train_causal.py
     torchrun --nproc_per_node=2 scripts/inference.py --run_folder runs/demo --distributed tp=2 --prompt "def "
     python scripts/inference.py --variant 3.2-1b --model_path FOLDER --tokenizer FOLDER --prompt "Once"
 
@@ -28,7 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Every flag."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model")
-    model.add_argument("--run_folder", help="folder of a training run: gives architecture, tokenizer and newest checkpoint")
+    model.add_argument(
+        "--run_folder", help="folder of a training run: gives architecture, tokenizer and newest checkpoint"
+    )
     model.add_argument("--architecture", default="llama", help="(default: %(default)s)")
     model.add_argument("--variant", default="micro", help="(default: %(default)s)")
     model.add_argument("--override", action="append", default=[], metavar="FIELD=VALUE", help="replace a config field")
@@ -41,7 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", action="append", help="may be given several times: one batch")
     text.add_argument("--max_new_tokens", type=int, default=64, help="(default: %(default)s)")
-    text.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: %(default)s)")
+    text.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: %(default)s)"
+    )
     text.add_argument("--top_k", type=int, help="sample from the k likeliest tokens only")
     text.add_argument("--top_p", type=float, help="sample from the smallest set with this probability")
     text.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
@@ -55,7 +59,9 @@ def main() -> int:
     args = build_parser().parse_args()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if args.distributed is None and world > 1:
-        raise ConfigError(f"{world} ranks were started but --distributed says nothing: choose a layout, such as tp={world}.")
+        raise ConfigError(
+            f"{world} ranks were started but --distributed says nothing: choose a layout, such as tp={world}."
+        )
     layout = ParallelLayout.parse(args.distributed).resolve(world, int(os.environ.get("LOCAL_WORLD_SIZE", str(world))))
     overrides = assignments(args.override, "--override")
     if not args.prompt:

@@ -77,16 +77,22 @@ def read_layout(args: argparse.Namespace) -> ParallelLayout:
     """The layout that --distributed and --default_dtype describe, for the ranks that the launcher started."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if args.distributed is None and world > 1:
-        raise ConfigError(f"{world} ranks were started but --distributed says nothing: choose a layout, such as fsdp={world}.")
+        raise ConfigError(
+            f"{world} ranks were started but --distributed says nothing: choose a layout, such as fsdp={world}."
+        )
     layout = ParallelLayout.parse(args.distributed)
     if args.default_dtype is not None:
         if "precision" in (args.distributed or "") and layout.precision != args.default_dtype:
-            raise ConfigError(f"--default_dtype {args.default_dtype} and precision={layout.precision} contradict each other.")
+            raise ConfigError(
+                f"--default_dtype {args.default_dtype} and precision={layout.precision} contradict each other."
+            )
         layout = replace(layout, precision=args.default_dtype)
     return layout.resolve(world, int(os.environ.get("LOCAL_WORLD_SIZE", str(world))))
 
 
-def train_with(args: argparse.Namespace, options: TrainOptions, layout: ParallelLayout, overrides: dict[str, Any]) -> int:
+def train_with(
+    args: argparse.Namespace, options: TrainOptions, layout: ParallelLayout, overrides: dict[str, Any]
+) -> int:
     """Everything that needs torch."""
     import torch
 
@@ -196,7 +202,10 @@ class Progress:
         shape = model.config.shape()
         words = str(layout) or "one process"
         print(f"{args.architecture} {args.variant}: {shape.parameters():,} parameters, layout {words}", flush=True)
-        print(f"{launch.world_size} ranks on {args.device_type}, {options.batch_size} x {args.seq_len} tokens per step", flush=True)
+        print(
+            f"{launch.world_size} ranks on {args.device_type}, {options.batch_size} x {args.seq_len} tokens per step",
+            flush=True,
+        )
         self.every = options.report_steps
         self.seconds = self.tokens = 0.0
 
@@ -215,7 +224,9 @@ class Progress:
         self.seconds = self.tokens = 0.0
 
 
-def write_run(args: argparse.Namespace, options: TrainOptions, layout: ParallelLayout, overrides: dict[str, Any]) -> None:
+def write_run(
+    args: argparse.Namespace, options: TrainOptions, layout: ParallelLayout, overrides: dict[str, Any]
+) -> None:
     """What `inference.py --run_folder` needs to build the model again, in any layout."""
     if options.output_path is None:
         return

@@ -89,7 +89,7 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
 
 
 def exchange_and_add(out: Tensor, full: Tensor, group: dist.ProcessGroup) -> None:
-    """Reduce-scatter along dim 0. gloo's own costs three times the CPU of exchanging the chunks and adding them here."""
+    """Reduce-scatter along dim 0. gloo's own costs three times the CPU of exchanging chunks and adding them here."""
     received = torch.empty_like(full)
     dist.all_to_all_single(received, full, group=group)
     torch.sum(received.unflatten(0, (dist.get_world_size(group), -1)), 0, out=out)

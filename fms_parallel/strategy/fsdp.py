@@ -45,7 +45,9 @@ class FullyShardStrategy(Strategy):
         self, mesh: DeviceMesh, *, precision: str = "fp32", offload: bool = False, free_after_forward: bool = True
     ) -> None:
         self.mesh, self.precision, self.free_after_forward = mesh, precision, free_after_forward
-        self.offload: OffloadPolicy = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
+        self.offload: OffloadPolicy = (
+            CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
+        )
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """Cut `model` in place."""

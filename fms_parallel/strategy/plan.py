@@ -156,26 +156,16 @@ def _style(
 ) -> ParallelStyle:
     """The style of one matched module, checked against what the module is."""
     kind = type(module).__name__
-    if isinstance(word, str) and word == "sequence" and not sp:
-        word = "replicate"
-        if not any(True for _ in module.parameters()):
-            return ReplicateStyle(name, sp, door, recurse)
-    if not any(True for _ in module.parameters()) and (
-        isinstance(word, _NEEDS_PARAMETERS) or (isinstance(word, str) and word != "sequence")
-    ):
-        raise LayoutError(
-            f"{name} ({kind}) has no parameters that {_word_name(word)} could cut: match the layer itself."
-        )
+    cuts = isinstance(word, _NEEDS_PARAMETERS) or (isinstance(word, str) and word != "sequence")
+    if cuts and not any(True for _ in module.parameters()):
+        what = repr(word) if isinstance(word, str) else type(word).__name__
+        raise LayoutError(f"{name} ({kind}) has no parameters that {what} could cut: match the layer itself.")
     if isinstance(word, ParallelStyle):
         return word
-    style = WORDS[word]
+    style = ReplicateStyle if word == "sequence" and not sp else WORDS[word]
     if not isinstance(module, style.accepts):
         wanted = " or ".join(f"nn.{accepted.__name__}" for accepted in style.accepts)
         raise LayoutError(
             f"{name}: {word!r} cuts {wanted}, this is {kind}. Match the layer itself, or write it as {wanted}."
         )
     return style(name, sp, door, recurse)
-
-
-def _word_name(word: str | ParallelStyle) -> str:
-    return repr(word) if isinstance(word, str) else type(word).__name__

@@ -1,8 +1,8 @@
 """Activation recomputation: run a block's forward again in the backward pass instead of keeping what it made.
 
 Policies (`layout.recompute`): `full` every block, `every=N` each N-th, `selective` every block but keeping the results
-of matrix products and attention, which cost most to make again (arXiv 2205.05198). The block's `forward` is wrapped on the
-instance, so no name changes and FSDP's hooks stay outside: parameters are there before the block runs again.
+of matrix products and attention, which cost most to make again (arXiv 2205.05198). The block's `forward` is wrapped on
+the instance, so no name changes and FSDP's hooks stay outside: parameters are there before the block runs again.
 """
 
 from __future__ import annotations

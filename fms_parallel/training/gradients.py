@@ -95,7 +95,9 @@ def squared_norm(parameters: Iterable[nn.Parameter], world_size: int) -> Tensor:
     pieces = local_gradients(parameters)
     if not pieces:
         raise TrainingError("no parameter has a gradient: run a backward pass first.")
-    norms = torch.stack(torch._foreach_norm(pieces)).to(torch.float64 if pieces[0].dtype == torch.float64 else torch.float32)
+    norms = torch.stack(torch._foreach_norm(pieces)).to(
+        torch.float64 if pieces[0].dtype == torch.float64 else torch.float32
+    )
     weights = norms.new_tensor([1 / copies(p, world_size) for p in parameters])
     return (norms.square() * weights).sum()
 

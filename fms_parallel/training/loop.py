@@ -28,7 +28,6 @@ from fms_parallel.errors import ConfigError, TrainingError
 from fms_parallel.log import get_logger
 from fms_parallel.modules.dropout import Dropout
 from fms_parallel.strategy.base import parallel_of
-from fms_parallel.training.validation import evaluate
 from fms_parallel.training.interrupt import Interrupt, catch_interrupts
 from fms_parallel.training.metrics import METRICS, MetricsWriter, peak_memory_bytes
 from fms_parallel.training.optimizer import learning_rate, make_optimizer
@@ -42,6 +41,7 @@ from fms_parallel.training.step import (
     to_device,
     train_step,
 )
+from fms_parallel.training.validation import evaluate
 
 logger = get_logger(__name__)
 
@@ -264,7 +264,9 @@ class Trainer:
             found = latest_training_state(self.folder)
             taken = found is not None or (self.folder.parent / METRICS).exists()
             if taken and self.options.resume == "never":
-                raise ConfigError(f"{self.folder.parent} holds a run already: resume=auto goes on with it, or name another.")
+                raise ConfigError(
+                    f"{self.folder.parent} holds a run already: resume=auto goes on with it, or name another."
+                )
         if found is not None:
             self.restore(found)
 
@@ -276,7 +278,9 @@ class Trainer:
         """
         numbers = load_training_state(path, self.model, self.optimizer)
         then, now = numbers["data"], self._fingerprint()
-        if changed := [f"{name}: {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]]:
+        if changed := [
+            f"{name}: {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]
+        ]:
             raise TrainingError(f"{path} cannot be continued, its data order would change: {'; '.join(changed)}.")
         self.first_step = self.step = numbers["step"]
         self.total_tokens, self.checkpoint = numbers["total_tokens"], path

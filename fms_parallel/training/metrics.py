@@ -104,7 +104,9 @@ def plot_losses(metrics: str | Path, picture: str | Path) -> Path:
         top.plot([r["step"] for r in held], [r["validation_loss"] for r in held], "o-", ms=4, label="validation loss")
     top.set_ylabel("loss per token (nats)")
     top.legend(frameon=False)
-    bottom.plot([row["step"] for row in rows], [row["lr"] for row in rows], lw=1.2, color="tab:green", label="learning rate")
+    bottom.plot(
+        [row["step"] for row in rows], [row["lr"] for row in rows], lw=1.2, color="tab:green", label="learning rate"
+    )
     norms = bottom.twinx()
     norms.plot([r["step"] for r in rows], [r["grad_norm"] for r in rows], lw=0.8, alpha=0.6, color="tab:gray")
     norms.set_ylabel("gradient norm", color="tab:gray")

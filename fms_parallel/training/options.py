@@ -25,21 +25,27 @@ class TrainOptions:
     """One run. Each field's meaning is its help text; `output_path=None` writes nothing."""
 
     steps: int | None = _option(None, "optimizer steps (instead of --epochs)", type=int)
-    epochs: int | None = _option(None, "passes over the training data (default: one, when --steps is not given)", type=int)
+    epochs: int | None = _option(
+        None, "passes over the training data (default: one, when --steps is not given)", type=int
+    )
     batch_size: int = _option(8, "sequences per optimizer step, over all ranks and micro-batches")
     grad_accum_steps: int = _option(1, "micro-batches that a rank's share of a step is worked on in")
     lr: float = _option(3e-4, "highest learning rate")
     min_lr: float = _option(0.1, "learning rate at the end, as a fraction of --lr")
     lr_schedule: str = _option("cosine", "after the warm-up", choices=SCHEDULES)
     warmup_steps: int = _option(0, "steps of linear warm-up")
-    decay_steps: int | None = _option(None, "wsd only: steps of the final decay (default: a fifth of the run)", type=int)
+    decay_steps: int | None = _option(
+        None, "wsd only: steps of the final decay (default: a fifth of the run)", type=int
+    )
     weight_decay: float = _option(0.1, "decoupled; of matrices and embeddings, not of norms and biases")
     beta1: float = _option(0.9, "of AdamW")
     beta2: float = _option(0.95, "of AdamW")
     max_grad_norm: float = _option(1.0, "clip the gradient norm of the whole model to this; 0 does not clip")
     seed: int = _option(0, "of the data order, of dropout and of the initial weights")
     report_steps: int = _option(10, "show a progress line every so many steps; metrics.jsonl has every step")
-    validate_steps: int | None = _option(None, "measure the validation loss every so many steps, and at the end", type=int)
+    validate_steps: int | None = _option(
+        None, "measure the validation loss every so many steps, and at the end", type=int
+    )
     validation_rows: int = _option(64, "rows of the validation data that are measured")
     sample_steps: int | None = _option(None, "write a generated sample every so many steps, and at the end", type=int)
     checkpoint_steps: int | None = _option(None, "write a checkpoint every so many steps; always at the end", type=int)
@@ -56,7 +62,9 @@ class TrainOptions:
             if getattr(self, name) not in known:
                 raise ConfigError(unknown(name, getattr(self, name), known))
         if not (self.lr > 0 and 0 <= self.min_lr <= 1):
-            raise ConfigError(f"lr={self.lr}, min_lr={self.min_lr}: lr must be > 0 and min_lr a fraction of it in [0, 1].")
+            raise ConfigError(
+                f"lr={self.lr}, min_lr={self.min_lr}: lr must be > 0 and min_lr a fraction of it in [0, 1]."
+            )
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ConfigError(f"beta1={self.beta1}, beta2={self.beta2}: must lie in [0, 1).")
         self._check_pairs()

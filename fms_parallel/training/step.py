@@ -74,7 +74,7 @@ def logits_loss(model: nn.Module, batch: TokenBatch, key: DropoutKey | None) -> 
 
 
 def dropout_keys(batches: Sequence[TokenBatch], seed: int, shard: int) -> list[DropoutKey | None]:
-    """Names of the random bits of this rank's micro-batches: `seed` of the step, and each one's place in its global batch.
+    """Names of the random bits of this rank's micro-batches: the step's seed, and each one's place in its global batch.
 
     Args:
         shard: index of this rank among those that read different rows; all have as many micro-batches of one size.

@@ -10,8 +10,8 @@ from torch import nn
 
 from fms_parallel.data.feed import Batch
 from fms_parallel.data.rows import IGNORE, RowDataset
-from fms_parallel.strategy.base import parallel_of
 from fms_parallel.distributed.mesh import data_shard
+from fms_parallel.strategy.base import parallel_of
 from fms_parallel.training.step import LossFunction, model_loss, to_device
 
 

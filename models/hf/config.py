@@ -85,7 +85,9 @@ class HFFields:
         if new is None:
             new = {**old, "rope_theta": default_base if base is None else base}
         elif base not in (None, new.get("rope_theta", base)) or (old and _kind(old) != _kind(new)):
-            raise ConfigError(f"config.json says rope_theta={base}, rope_scaling={old} and rope_parameters={new}: which?")
+            raise ConfigError(
+                f"config.json says rope_theta={base}, rope_scaling={old} and rope_parameters={new}: which?"
+            )
         return Rope(
             base=float(new.get("rope_theta", default_base if base is None else base)),
             kind=_kind(new),
@@ -99,7 +101,9 @@ class HFFields:
         Raises:
             ConfigError: naming those that we do not support.
         """
-        left = {name: value for name, value in self.raw.items() if name not in self.taken | MEANINGLESS | {"model_type"}}
+        left = {
+            name: value for name, value in self.raw.items() if name not in self.taken | MEANINGLESS | {"model_type"}
+        }
         strange = {name: value for name, value in left.items() if value not in FIXED.get(name, ())}
         if strange:
             shown = ", ".join(f"{name}={value!r}" for name, value in sorted(strange.items()))

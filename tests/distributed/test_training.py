@@ -35,9 +35,7 @@ def run(layout: str | None, options: dict[str, Any]) -> list[float]:
     return told
 
 
-@pytest.mark.parametrize(
-    ("layout", "ranks"), [("tp=2,sp", 2), ("fsdp=2", 2), ("dp=2", 2), ("fsdp=2,tp=2,sp", 4)]
-)
+@pytest.mark.parametrize(("layout", "ranks"), [("tp=2,sp", 2), ("fsdp=2", 2), ("dp=2", 2), ("fsdp=2,tp=2,sp", 4)])
 def test_losses_of_a_run_match_one_process(layout: str, ranks: int) -> None:
     expected = run(None, {})
     for found in run_ranks(run, ranks, layout, {"grad_accum_steps": 2}):

@@ -117,5 +117,7 @@ def test_no_flag_is_swallowed_by_torchrun(script: Any) -> None:
     from torch.distributed.run import get_args_parser
 
     theirs = {word for action in get_args_parser()._actions for word in action.option_strings}
-    ours = {word for action in script.build_parser()._actions for word in action.option_strings if word.startswith("--")}
+    ours = {
+        word for action in script.build_parser()._actions for word in action.option_strings if word.startswith("--")
+    }
     assert not [word for word in ours - {"--help"} if any(other.startswith(word) for other in theirs)]
