@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from fms_parallel import compat
@@ -35,7 +35,7 @@ def collective_results() -> dict[str, Any]:
         "functional_all_gather": compat.functional_all_gather(mine(), group),
         "functional_reduce_scatter": compat.functional_reduce_scatter(mine(), group),
     }
-    results["replicate"] = replicated_gradient()
+    results |= {"replicate": replicated_gradient(), "set_fsdp_reduce_scatter": gradient_by_own_sum()}
     return {name: tensor.tolist() for name, tensor in results.items()} | {"local_shape_and_offset": pieces()}
 
 
@@ -60,6 +60,23 @@ def replicated_gradient() -> torch.Tensor:
     assert isinstance(model, FSDPModule)
     model(mine()).sum().backward()
     assert model.weight.grad is not None
+    return model.weight.grad.full_tensor()  # type: ignore[attr-defined]
+
+
+def gradient_by_own_sum() -> torch.Tensor:
+    """The same of an FSDP2 module whose gradients are summed by a function of ours."""
+    calls = []
+
+    def sum_by_all_reduce(out: torch.Tensor, full: torch.Tensor, group: dist.ProcessGroup) -> None:
+        calls.append(full.shape)
+        dist.all_reduce(full, group=group)
+        out.copy_(full.chunk(dist.get_world_size(group))[dist.get_rank(group)])
+
+    model = nn.Linear(3, 1, bias=False)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    compat.set_fsdp_reduce_scatter(model, sum_by_all_reduce)
+    model(mine()).sum().backward()
+    assert len(calls) == 1 and model.weight.grad is not None
     return model.weight.grad.full_tensor()  # type: ignore[attr-defined]
 
 
@@ -95,14 +112,16 @@ def test_local_shape_and_offset_name_what_a_dtensor_holds(results: list[dict[str
     assert all(result["local_shape_and_offset"] == [(True, True)] * 5 for result in results)
 
 
-def test_replicate_averages_gradients(results: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", ["replicate", "set_fsdp_reduce_scatter"])
+def test_gradients_are_averaged(name: str, results: list[dict[str, Any]]) -> None:
     want = BOTH.sum(0, keepdim=True) / 2
-    assert all(torch.equal(result["replicate"], want) for result in results)
+    assert all(torch.equal(result[name], want) for result in results)
 
 
 def test_every_function_is_tested() -> None:
     functions = {name for name, f in inspect.getmembers(compat, inspect.isfunction) if f.__module__ == compat.__name__}
     assert functions == {
         *("all_gather_single", "reduce_scatter_single", "local_shape_and_offset", "replicate"),
+        "set_fsdp_reduce_scatter",
         *("functional_all_reduce", "functional_all_gather", "functional_reduce_scatter"),
     }

@@ -1,0 +1,117 @@
+"""`Columns`: many layouts at once, one numpy array per number, so that a search is arithmetic on arrays.
+
+It knows degrees, micro-batches and policies; it knows nothing of models or devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fms_parallel.layout import ParallelLayout
+
+Array = NDArray[Any]
+
+RECOMPUTE = ("none", "selective", "full")
+SCHEDULES = ("1f1b", "gpipe", "interleaved1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev")
+OFFLOADS = ("none", "optimizer_state", "params")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """One row per layout.
+
+    Attributes:
+        pp, dp, fsdp, cp, tp: degrees. sp: 0 or 1. virtual: stages per rank. schedule, recompute, offload: indices into
+            `SCHEDULES`, `RECOMPUTE`, `OFFLOADS`. micro: sequences in one micro-batch of one replica. count: micro-batches
+            of one replica in a step. zero: ZeRO stage over dp (0, 1 or 2; fsdp > 1 is stage 3).
+    """
+
+    pp: Array
+    dp: Array
+    fsdp: Array
+    cp: Array
+    tp: Array
+    sp: Array
+    virtual: Array
+    schedule: Array
+    recompute: Array
+    offload: Array
+    micro: Array
+    count: Array
+    zero: Array
+
+    def __len__(self) -> int:
+        return len(self.pp)
+
+    def take(self, which: Any) -> Columns:
+        """The rows that a mask or an index array picks."""
+        return Columns(**{f.name: getattr(self, f.name)[which] for f in fields(self)})
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, int]]) -> Columns:
+        """Columns from dictionaries; what a row does not name is 1 for degrees and counts, 0 for policies."""
+        return cls(
+            **{
+                f.name: np.array([row.get(f.name, _DEFAULTS.get(f.name, 0)) for row in rows], dtype=np.int64)
+                for f in fields(cls)
+            }
+        )
+
+    @classmethod
+    def of_layout(cls, layout: ParallelLayout, global_batch: int) -> Columns:
+        """One row for one layout: the batch is spread over its replicas and micro-batches."""
+        count = layout.microbatches
+        per_replica = max(global_batch // layout.data_parallel, 1)
+        policy = layout.recompute if layout.recompute in RECOMPUTE else "full"
+        row = {
+            **{axis: getattr(layout, axis) for axis in ("pp", "dp", "fsdp", "cp", "tp")},
+            "sp": int(layout.sp),
+            "virtual": layout.virtual_stages,
+            "schedule": SCHEDULES.index(layout.schedule),
+            "recompute": RECOMPUTE.index(policy),
+            "offload": OFFLOADS.index("optimizer_state" if layout.offload == "optimizer_step" else layout.offload),
+            "micro": max(per_replica // count, 1),
+            "count": count,
+        }
+        return cls.of([row])
+
+    def layout(self, row: int, precision: str, split: tuple[int, ...] | None = None) -> ParallelLayout:
+        """The layout of one row."""
+        pp = int(self.pp[row])
+        pipeline: dict[str, Any] = {}
+        if pp > 1:
+            pipeline = {
+                "schedule": SCHEDULES[self.schedule[row]],
+                "microbatches": int(self.count[row]),
+                "virtual_stages": int(self.virtual[row]),
+                "stage_split": split,
+            }
+        return ParallelLayout(
+            pp=pp,
+            dp=int(self.dp[row]),
+            fsdp=int(self.fsdp[row]),
+            cp=int(self.cp[row]),
+            tp=int(self.tp[row]),
+            sp=bool(self.sp[row]),
+            recompute=RECOMPUTE[self.recompute[row]],
+            precision=precision,
+            offload=OFFLOADS[self.offload[row]],
+            **pipeline,
+        )
+
+    @property
+    def ranks(self) -> Array:
+        """Devices that each layout needs."""
+        return self.pp * self.dp * self.fsdp * self.cp * self.tp
+
+    def with_(self, **columns: Any) -> Columns:
+        """The same rows with some columns replaced."""
+        return replace(self, **columns)
+
+
+_DEFAULTS = {f.name: 1 for f in fields(Columns) if f.name not in ("sp", "schedule", "recompute", "offload", "zero")}

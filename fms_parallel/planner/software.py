@@ -1,0 +1,72 @@
+"""What the training software does with a model: kernels, precision of states, overlaps. One value per framework.
+
+It knows habits of software; it knows nothing of devices or layouts. `native` is this library; the others exist to
+compare with published measurements of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fms_parallel.errors import ConfigError, unknown
+from fms_parallel.planner.hardware import read_data
+
+
+@dataclass(frozen=True)
+class Software:
+    """One framework's habits.
+
+    Attributes:
+        fused_attention: attention never writes its S x S scores. causal_skip: it does not compute what is masked.
+        fused_elementwise: compiled kernels; bias, activation and residual cost one pass over memory together.
+        dropout: masks are drawn, kept and applied.
+        parameter_bytes, gradient_bytes, optimizer_bytes: kept per parameter, sharded by fsdp; ZeRO 1 shards the
+            optimizer's over dp as well, ZeRO 2 the gradients'.
+        working_bytes: of one gathered parameter in a matrix product, and of one activation element.
+        reduce_bytes: of one gradient in a reduction over replicas.
+        overlap_dp, overlap_tp: part of that communication that hides behind computation when there is enough of it.
+        overlap_pp: sends and receives of a pipeline hide behind computation.
+        full_padding: head and vocabulary are split over tp also when the loss is computed.
+        reserve_gb: context, allocator and communication buffers. fragmentation: factor on activations.
+        gather_again: with sp, the input of a column-parallel region is gathered a second time in the backward pass.
+    """
+
+    name: str
+    fused_attention: bool = True
+    causal_skip: bool = True
+    fused_elementwise: bool = False
+    dropout: bool = False
+    parameter_bytes: float = 4
+    gradient_bytes: float = 4
+    optimizer_bytes: float = 8
+    working_bytes: float = 2
+    reduce_bytes: float = 4
+    overlap_dp: float = 0.9
+    overlap_tp: float = 0.0
+    overlap_pp: bool = False
+    reserve_gb: float = 2.0
+    fragmentation: float = 1.0
+    gather_again: bool = True
+
+    def with_precision(self, precision: str) -> Software:
+        """The same habits when matrices are multiplied in `precision`."""
+        width = {"fp8": 2, "bf16": 2, "fp32": 4, "fp64": 8}
+        if precision not in width:
+            raise ConfigError(unknown("precision", precision, width))
+        if precision != "fp64":
+            return replace(self, working_bytes=width[precision])
+        return replace(self, working_bytes=8, parameter_bytes=8, gradient_bytes=8, optimizer_bytes=16, reduce_bytes=8)
+
+
+def load_software(name: str) -> Software:
+    """One of the frameworks in `data/software.json`.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    tables: Mapping[str, Mapping[str, Any]] = read_data("software.json")
+    if name not in tables:
+        raise ConfigError(unknown("software", name, tables))
+    return Software(name=name, **tables[name])
