@@ -59,6 +59,11 @@ def local_shape_and_offset(
     return tuple(local), tuple(offset)
 
 
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Fail when a bool scalar is false, without making the host wait for the device; on the CPU at once (RuntimeError)."""
+    torch._assert_async(condition, message)
+
+
 def replicate(module: nn.Module | list[nn.Module], mesh: DeviceMesh, **policies: Any) -> None:
     """FSDP2's machinery with whole parameters on every rank: plain data parallelism, gradients all-reduced."""
     from torch.distributed._composable.replicate_with_fsdp import replicate as torch_replicate

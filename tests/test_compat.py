@@ -125,3 +125,9 @@ def test_every_function_is_tested() -> None:
         "set_fsdp_reduce_scatter",
         *("functional_all_reduce", "functional_all_gather", "functional_reduce_scatter"),
     }
+
+
+def test_assert_on_device_fails_on_false_only() -> None:
+    compat.assert_on_device(torch.tensor(True), "never said")
+    with pytest.raises(RuntimeError, match="said"):
+        compat.assert_on_device(torch.tensor(False), "said")

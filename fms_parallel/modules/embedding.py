@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Shard
 
+from fms_parallel.compat import assert_on_device
 from fms_parallel.distributed.collectives import gather_last
 from fms_parallel.modules.initial import Init, Normal
 from fms_parallel.modules.loss import VocabularyShard, linear_cross_entropy
@@ -48,7 +49,12 @@ class TPEmbedding(TPModule, Embedding):
         return {"weight": Shard(0)}
 
     def forward(self, ids: Tensor) -> Tensor:
-        """`[B, S]` -> `[B, S, E]`, or `[T/tp, E]` with sp."""
+        """`[B, S]` -> `[B, S, E]`, or `[T/tp, E]` with sp.
+
+        Raises:
+            RuntimeError: an id that is no token: no rank would have its row, and their sum would be zero.
+        """
+        assert_on_device(((ids >= 0) & (ids < self.vocab)).all(), f"a token id is not in [0, {self.vocab}).")
         start, stop = self.axis.chunk(self.vocab)
         weight = self.shard(self.weight, self.weight)
         if start == stop:  # more ranks than rows: this one adds nothing, but its (empty) weight stays in the graph
@@ -89,7 +95,7 @@ class Head(nn.Module):
 
     def loss(self, x: Tensor, labels: Tensor, seq: Sequences) -> Tensor:
         """Summed cross-entropy."""
-        whole = VocabularyShard(None, 0)
+        whole = VocabularyShard(None, 0, self.vocab)
         return linear_cross_entropy(x.flatten(0, -2), self.weight.to(x.dtype), labels.flatten(), whole)
 
 
@@ -113,5 +119,5 @@ class TPHead(TPModule, Head):
             wide = torch.promote_types(logits.dtype, torch.float32)
             return F.cross_entropy(logits.to(wide), labels.flatten(), reduction="sum")
         x = self.enter(x, seq.tokens).flatten(0, -2)
-        shard = VocabularyShard(self.axis, self.axis.chunk(self.vocab)[0])
+        shard = VocabularyShard(self.axis, self.axis.chunk(self.vocab)[0], self.vocab)
         return linear_cross_entropy(x, self.shard(self.weight, x), labels.flatten(), shard)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fms_parallel.compat import assert_on_device
 from fms_parallel.distributed.collectives import Axis, all_gather
 from fms_parallel.modules.first_order import first_order
 
@@ -26,10 +27,11 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 
 class VocabularyShard(NamedTuple):
-    """The part of the vocabulary whose rows this rank holds; `axis` None means all of it."""
+    """The part of a vocabulary of `vocab` whose rows this rank holds, from `start`; `axis` None means all of it."""
 
     axis: Axis | None
     start: int
+    vocab: int
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
@@ -40,7 +42,11 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, shard: Vocab
     Returns:
         a scalar in fp32 (fp64 for fp64 input), the same on every rank of the axis. The gradient of `x` covers this
         rank's part of the vocabulary only: the caller's region sums it.
+    Raises:
+        RuntimeError: a label that is no token, which no rank would find among its rows.
     """
+    known = (labels == IGNORE) | ((labels >= 0) & (labels < shard.vocab))
+    assert_on_device(known.all(), f"a label is neither {IGNORE} nor a token id in [0, {shard.vocab}).")
     return _LinearCrossEntropy.apply(x, weight, labels, shard, torch.is_grad_enabled())
 
 

@@ -9,14 +9,13 @@ them in norms and residuals with sp. FLOPs count 2 per multiply-add.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fms_parallel.planner.columns import Columns
-from fms_parallel.planner.experts import Experts
 from fms_parallel.planner.software import Software
 from fms_parallel.shape import ModelShape
 
@@ -56,6 +55,11 @@ class Workload:
     precision: str = "bf16"
 
 
+def tokens_of(columns: Columns, sequence: int) -> Array:
+    """T: tokens of one rank and micro-batch inside attention and feed-forward."""
+    return np.asarray(columns.micro * sequence / columns.cp)
+
+
 def matmul(name: str, m: Any, n: Any, k: Any, width: float, count: Any = 1.0) -> Op:
     """`count` products (m, k) x (k, n) of elements of `width` bytes."""
     m, n, k, count = np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in (m, n, k, count)))
@@ -68,31 +72,28 @@ def _memory(name: str, size: Any, backward: float, kernels: tuple[int, int], cor
     return Op(name, MEMORY, np.zeros_like(size), size, None, (0.0, backward), kernels, core)
 
 
-def block_operators(
-    shape: ModelShape, columns: Columns, sequence: int, software: Software, experts: Experts | None = None
-) -> list[Op]:
-    """The operators of one transformer block."""
-    tokens = columns.micro * sequence / columns.cp
+def attention_operators(shape: ModelShape, columns: Columns, sequence: int, software: Software) -> list[Op]:
+    """A block without its feed-forward: attention with its projections, norms, residuals, rotary positions."""
+    tokens = tokens_of(columns, sequence)
     outside = tokens / np.where(columns.sp == 1, columns.tp, 1)
     width = software.working_bytes
     heads = shape.heads / columns.tp
     groups = np.maximum(shape.kv_heads / columns.tp, 1)
     depth = shape.head_width
-    inner = heads * depth
     ops = [
-        matmul("qkv", tokens, inner + 2 * groups * depth, shape.width, width),
+        matmul("qkv", tokens, (heads + 2 * groups) * depth, shape.width, width),
         *_attention(shape, columns, sequence, software),
-        matmul("attention out", tokens, shape.width, inner, width),
+        matmul("attention out", tokens, shape.width, heads * depth, width),
         *_outside(shape, outside, software),
     ]
     if not shape.learned_positions:
         ops.append(_memory("rope", 2 * width * tokens * (heads + groups) * depth, 1.0, (2, 2)))
-    return ops + (_feed_forward(shape, tokens, columns, software) if experts is None else experts.operators(
-        shape, tokens, columns, software
-    ))
+    return ops
 
 
-def _feed_forward(shape: ModelShape, tokens: Array, columns: Columns, software: Software) -> list[Op]:
+def feed_forward_operators(shape: ModelShape, columns: Columns, sequence: int, software: Software) -> list[Op]:
+    """A dense feed-forward: one or two matrices up, activation, one down."""
+    tokens = tokens_of(columns, sequence)
     width, ffn, ups = software.working_bytes, shape.ffn_width / columns.tp, 2 if shape.gated else 1
     passes = ups + 1 + (ups if shape.ffn_bias and not software.fused_elementwise else 0)
     return [
@@ -107,7 +108,7 @@ def _attention(shape: ModelShape, columns: Columns, sequence: int, software: Sof
     part = 0.5 if software.causal_skip else 1.0
     keys = columns.micro * (shape.heads / columns.tp) * (sequence / columns.cp) * sequence
     flops = 4 * keys * shape.head_width * part
-    tokens = columns.micro * sequence / columns.cp
+    tokens = tokens_of(columns, sequence)
     traffic = software.working_bytes * 2 * tokens * (shape.heads + shape.kv_heads) * shape.head_width / columns.tp
     if software.fused_attention:
         return [Op("attention", ATTENTION, flops, traffic, None, (2.5, 2.5), (1, 3), core=True)]
@@ -135,7 +136,7 @@ def _outside(shape: ModelShape, tokens: Array, software: Software) -> list[Op]:
 
 def head_operators(shape: ModelShape, columns: Columns, sequence: int, software: Software) -> list[Op]:
     """After the last block: the last norm, the head over the vocabulary, the loss in fp32."""
-    tokens = columns.micro * sequence / columns.cp
+    tokens = tokens_of(columns, sequence)
     vocabulary = shape.vocab / columns.tp
     return [
         _memory("last norm", tokens * shape.width * software.working_bytes * 2, 2.0, (1, 2)),
@@ -147,15 +148,5 @@ def head_operators(shape: ModelShape, columns: Columns, sequence: int, software:
 
 def embedding_operators(shape: ModelShape, columns: Columns, sequence: int, software: Software) -> list[Op]:
     """Before the first block: rows of the table, and their scattered gradient."""
-    tokens = columns.micro * sequence / columns.cp
+    tokens = tokens_of(columns, sequence)
     return [_memory("embedding", tokens * shape.width * software.working_bytes * 2, 3.0, (2, 3))]
-
-
-def parameters_of(ops: list[Op]) -> Array:
-    """Weights of matrix products, per rank."""
-    return np.asarray(sum(op.weight for op in ops))
-
-
-def scaled(op: Op, times: float) -> Op:
-    """The same operator done `times` times as much."""
-    return replace(op, flops=op.flops * times, bytes=op.bytes * times)

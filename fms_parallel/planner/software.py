@@ -28,8 +28,9 @@ class Software:
         reduce_bytes: of one gradient in a reduction over replicas.
         overlap_dp, overlap_tp: part of that communication that hides behind computation when there is enough of it.
         overlap_pp: sends and receives of a pipeline hide behind computation.
-        full_padding: head and vocabulary are split over tp also when the loss is computed.
         reserve_gb: context, allocator and communication buffers. fragmentation: factor on activations.
+        selective: what that recompute policy makes again: `core` the attention core (Megatron), `memory` all but matrix
+            products (this library), `half` besides that every second matrix product (torchtitan).
         gather_again: with sp, the input of a column-parallel region is gathered a second time in the backward pass.
     """
 
@@ -48,7 +49,8 @@ class Software:
     overlap_pp: bool = False
     reserve_gb: float = 2.0
     fragmentation: float = 1.0
-    gather_again: bool = True
+    selective: str = "memory"
+    gather_again: bool = False
 
     def with_precision(self, precision: str) -> Software:
         """The same habits when matrices are multiplied in `precision`."""

@@ -59,7 +59,9 @@ def test_a_plain_tensor_is_held_whole() -> None:
 
 # ---- DTensors ---------------------------------------------------------------------------------------------------
 
-SHAPES = [(8, 4), (7, 5), (3, 1), (1, 2)]
+SHAPES = [(8, 4), (7, 5), (3, 2), (1, 2)]
+"""The last ones leave ranks empty. FSDP2 itself loses a parameter of which tp leaves a rank nothing along dim 1."""
+
 PLACEMENTS: list[tuple[Placement, ...]] = list(product((Shard(0), Shard(1), Replicate()), repeat=2))
 
 
@@ -113,7 +115,8 @@ def written(mesh: DeviceMesh) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=["fsdp=2,tp=2", "dp=2,fsdp=2"])
 def tensors(request: pytest.FixtureRequest) -> list[dict[Any, dict[str, Any]]]:
     """Of each of four ranks."""
-    return run_ranks(distributed_tensors, 4, request.param)
+    answers: list[dict[Any, dict[str, Any]]] = run_ranks(distributed_tensors, 4, request.param)
+    return answers
 
 
 def test_the_box_is_what_the_rank_holds_of_the_full_tensor(tensors: list[dict[Any, dict[str, Any]]]) -> None:
@@ -137,6 +140,6 @@ def test_the_boxes_of_all_ranks_cover_the_tensor_evenly(tensors: list[dict[Any, 
 def test_the_cases_include_strided_shards_and_empty_ones(tensors: list[dict[Any, dict[str, Any]]]) -> None:
     held = [case for rank in tensors for case in rank.values()]
     assert any(0 in case["box"].size for case in held)
-    if any("tp" in str(key) or Shard(0) in key for key in tensors[0] if key != "write"):
-        placements = {case["placements"] for case in held}
-        assert any("_StridedShard" in words or "_S(" in words for words in placements), placements
+    # One of the two layouts has a tp axis for FSDP2 to cut again.
+    strided = [case["placements"] for case in held if "_StridedShard" in case["placements"]]
+    assert bool(strided) == (tensors[0]["write"]["placements"].count("Replicate") == 0)

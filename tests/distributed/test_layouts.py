@@ -83,6 +83,24 @@ def test_fp32_matches_one_process(layout: str) -> None:
     assert all(report.worst <= TOLERANCE["fp32"] for report in reports), reports[0]
 
 
+def out_of_vocabulary(where: str) -> str:
+    """What a rank says of an id (or a label) that no rank has."""
+    model = shaken_llama(distributed_strategy="tp=2,sp", **TINY)
+    ids = torch.full((1, 4), 96)
+    labels = ids.clone()
+    (ids if where == "ids" else labels)[0, 2] = 97
+    try:
+        model(ids, labels=labels)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return "nothing"
+
+
+@pytest.mark.parametrize(("where", "words"), [("ids", "a token id is not in [0, 97)"), ("labels", "token id in [0, 97)")])
+def test_a_token_that_no_rank_holds_is_refused(where: str, words: str) -> None:
+    assert all(words in said for said in run_ranks(out_of_vocabulary, 2, where))
+
+
 def wrong_llama(**arguments: Any) -> nn.Module:
     """One norm's gradient is a hundred-thousandth off when it is distributed; the loss is right."""
     model = shaken_llama(**arguments)

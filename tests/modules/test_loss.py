@@ -12,8 +12,8 @@ from fms_parallel.modules import loss as room
 from fms_parallel.modules.loss import IGNORE, VocabularyShard, linear_cross_entropy
 from tests.gradient import grad
 
-WHOLE = VocabularyShard(None, 0)
 T, E, V = 7, 4, 11
+WHOLE = VocabularyShard(None, 0, V)
 
 
 def draw(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,3 +111,11 @@ def test_second_derivatives_are_refused_not_wrong() -> None:
     x, weight, labels = draw()
     with pytest.raises(ConfigError, match="second derivatives"):
         torch.autograd.grad(linear_cross_entropy(x, weight, labels, WHOLE), x, create_graph=True)
+
+
+@pytest.mark.parametrize("label", [V, -1, -101])
+def test_a_label_that_is_no_token_is_refused(label: int) -> None:
+    x, weight, labels = draw()
+    labels[2] = label
+    with pytest.raises(RuntimeError, match=r"a label is neither -100 nor a token id in \[0, 11\)"):
+        linear_cross_entropy(x, weight, labels, WHOLE)

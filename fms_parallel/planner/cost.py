@@ -1,0 +1,339 @@
+"""Seconds and bytes of many layouts at once: the planner's one cost model.
+
+It composes operators, network, schedule and memory; it searches nothing and prints nothing. What repeats is computed
+once: everything inside a block depends on (tp, cp, sp, micro) only.
+
+    step = micro-batches * slowest rank + pipeline idle + what data parallelism does not hide + optimizer
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fms_parallel.planner import memory, schedule
+from fms_parallel.planner.columns import OFFLOADS, Columns
+from fms_parallel.planner.efficiency import DEFAULT, Constants
+from fms_parallel.planner.experts import Experts
+from fms_parallel.planner.hardware import Device
+from fms_parallel.planner.operators import (
+    Op,
+    Workload,
+    attention_operators,
+    embedding_operators,
+    feed_forward_operators,
+    head_operators,
+    tokens_of,
+)
+from fms_parallel.planner.software import Software
+from fms_parallel.planner.timing import Roofline, Seconds, TimeSource
+from fms_parallel.planner.topology import Group, Network
+from fms_parallel.shape import ModelShape
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one step, by what they are spent on; they add up to `total`."""
+
+    compute: Array
+    recompute: Array
+    tp: Array
+    cp: Array
+    ep: Array
+    fsdp: Array
+    dp: Array
+    pp: Array
+    bubble: Array
+    optimizer: Array
+    other: Array
+
+    @property
+    def total(self) -> Array:
+        """Seconds of one step."""
+        return np.asarray(sum(getattr(self, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Times, memory and stage split of every layout."""
+
+    times: Times
+    memory: memory.Memory
+    most: Array
+    last: Array
+    full: Array
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Everything that does not change during a search.
+
+    Attributes:
+        source: seconds of operators; the roofline when None. uneven: the last stage may be lighter, to carry the head.
+    """
+
+    shape: ModelShape
+    device: Device
+    workload: Workload
+    software: Software
+    constants: Constants = DEFAULT
+    experts: Experts | None = None
+    source: TimeSource | None = None
+    uneven: bool = True
+
+    def evaluate(self, columns: Columns) -> Costs:
+        """Costs of every layout in `columns`."""
+        inner, back = _unique(columns)
+        block = _Block.of(self, inner).spread(back)
+        ends = _Ends.of(self, inner).spread(back)
+        return _Step(self, columns, block, ends).costs()
+
+    @property
+    def time_source(self) -> TimeSource:
+        """Who prices an operator."""
+        return self.source or Roofline(self.device, self.workload.precision, self.constants)
+
+    def block_operators(self, columns: Columns) -> list[Op]:
+        """The operators of one block."""
+        sequence = self.workload.sequence
+        rest = attention_operators(self.shape, columns, sequence, self.software)
+        if self.experts is not None:
+            return rest + self.experts.operators(self.shape, columns, sequence, self.software)
+        return rest + feed_forward_operators(self.shape, columns, sequence, self.software)
+
+    def collective(self, name: str, size: Any, group: Group) -> Array:
+        """Seconds of one collective with the fitted factors of the network."""
+        seconds = Network.of(self.device).seconds(name, size, group) * self.constants.network
+        return np.where(group.nodes > 1, seconds, seconds * self.constants.inner)
+
+
+def _unique(columns: Columns) -> tuple[Columns, Array]:
+    """The distinct (tp, cp, sp, micro) and where each row finds its own."""
+    key = ((columns.tp << 40) | (columns.cp << 28) | (columns.sp << 27)) + columns.micro
+    _, first, back = np.unique(key, return_index=True, return_inverse=True)
+    return columns.take(first), back
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Seconds of one block and micro-batch: computing, and talking within tp, cp and ep."""
+
+    forward: Array
+    backward: Array
+    core: Array
+    matmuls: Array
+    tp: Array
+    cp_forward: Array
+    cp_backward: Array
+    ep: Array
+
+    @classmethod
+    def of(cls, model: CostModel, columns: Columns) -> _Block:
+        """Per distinct (tp, cp, sp, micro)."""
+        seconds: Seconds = model.time_source.total(model.block_operators(columns))
+        cp_forward, cp_backward = _context(model, columns, seconds)
+        parts = (seconds.forward, seconds.backward, seconds.core, seconds.matmuls, _tensor(model, columns))
+        shape = columns.tp.shape
+        every = (*parts, cp_forward, cp_backward, _expert(model, columns))
+        return cls(*(np.broadcast_to(np.asarray(part, dtype=float), shape) for part in every))
+
+    def spread(self, back: Array) -> _Block:
+        """Per row."""
+        return _Block(**{f.name: getattr(self, f.name)[back] for f in fields(self)})
+
+
+def _tensor(model: CostModel, columns: Columns) -> Array:
+    """Seconds of tp's two collectives of one pass over a block that do not hide behind computation."""
+    size = tokens_of(columns, model.workload.sequence) * model.shape.width * model.software.working_bytes
+    group = Group.of(columns.tp, 1, model.device.per_node)
+    halves = model.collective("allgather", size, group) + model.collective("reducescatter", size, group)
+    whole = model.collective("allreduce", size, group)
+    return 2 * np.where(columns.sp == 1, halves, whole) * (1 - model.software.overlap_tp)
+
+
+def _context(model: CostModel, columns: Columns, seconds: Seconds) -> tuple[Array, Array]:
+    """Seconds that keys and values of other cp ranks are waited for: a ring hides behind attention's own arithmetic."""
+    shape = model.shape
+    kv = 2 * np.maximum(shape.kv_heads / columns.tp, 1) * shape.head_width
+    size = tokens_of(columns, model.workload.sequence) * kv * model.software.working_bytes
+    group = Group.of(columns.cp, columns.tp, model.device.per_node)
+    step = model.collective("p2p", size, group)
+    hidden = seconds.core / np.maximum(columns.cp, 1)
+    forward = (columns.cp - 1) * np.maximum(step - hidden, 0.0)
+    backward = (columns.cp - 1) * np.maximum(2 * step - 2.5 * hidden, 0.0)
+    return forward, backward
+
+
+def _expert(model: CostModel, columns: Columns) -> Array:
+    """Seconds of the two all-to-alls of one pass over a block."""
+    if model.experts is None or model.experts.ep == 1:
+        return np.zeros(columns.tp.shape)
+    size = model.experts.exchanged_bytes(model.shape, columns, model.workload.sequence, model.software)
+    group = Group.of(np.full(columns.tp.shape, model.experts.ep), columns.tp * columns.cp, model.device.per_node)
+    return 2 * model.collective("alltoall", size, group)
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Seconds of what stands before the first block and after the last one, forward and backward."""
+
+    embedding_forward: Array
+    embedding_backward: Array
+    head_forward: Array
+    head_backward: Array
+
+    @classmethod
+    def of(cls, model: CostModel, columns: Columns) -> _Ends:
+        """Per distinct (tp, cp, sp, micro)."""
+        sequence, source = model.workload.sequence, model.time_source
+        embedding = source.total(embedding_operators(model.shape, columns, sequence, model.software))
+        head = source.total(head_operators(model.shape, columns, sequence, model.software))
+        # Forward: the gathered input of the head; backward: its gradient. The loss exchanges a few numbers per token.
+        talk = _tensor(model, columns) / 2
+        parts = (embedding.forward + talk, embedding.backward, head.forward, head.backward + talk)
+        return cls(*(np.broadcast_to(np.asarray(part, dtype=float), columns.tp.shape) for part in parts))
+
+    def spread(self, back: Array) -> _Ends:
+        """Per row."""
+        return _Ends(**{f.name: getattr(self, f.name)[back] for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One whole step of every layout."""
+
+    model: CostModel
+    columns: Columns
+    block: _Block
+    ends: _Ends
+
+    def costs(self) -> Costs:
+        """Times and memory."""
+        c, model = self.columns, self.model
+        again = self.again()
+        one = self.block.forward + self.block.backward + again + self.talk()
+        head = (self.ends.head_forward + self.ends.head_backward) / one
+        stages = schedule.blocks_of_stages(model.shape.layers, c, head if model.uneven else 0.0)
+        most, last, full = stages
+        rank = np.where(c.pp == 1, model.shape.layers, c.virtual * most)
+        final = np.where(c.pp == 1, model.shape.layers, (c.virtual - 1) * most + last)
+        peak = memory.peak(model.shape, c, model.workload.sequence, model.software, model.experts, (rank, final))
+        return Costs(self.times(rank, final, again), peak, *stages)
+
+    def again(self) -> Array:
+        """Seconds of one block's recomputation, without what it exchanges."""
+        partly = {
+            "core": self.block.core,
+            "memory": self.block.forward - self.block.matmuls,
+            "half": self.block.forward - self.block.matmuls / 2,
+        }[self.model.software.selective]
+        return np.choose(self.columns.recompute, [np.zeros_like(partly), np.maximum(partly, 0.0), self.block.forward])
+
+    def talk(self) -> Array:
+        """Seconds that one block waits for tp, cp and ep in forward, backward and recomputed forward."""
+        return self.tensor_talk() + self.context_talk() + 2 * self.block.ep
+
+    def tensor_talk(self) -> Array:
+        """tp: one pass forward, one backward, one for full recomputation; gathering inputs again hides."""
+        return self.block.tp * np.where(self.columns.recompute == 2, 3.0, 2.0)
+
+    def context_talk(self) -> Array:
+        """cp: forward, backward, and forward again under full recomputation."""
+        return self.block.cp_forward * np.where(self.columns.recompute == 2, 2.0, 1.0) + self.block.cp_backward
+
+    def times(self, rank: Array, final: Array, again: Array) -> Times:
+        """Seconds by purpose. The slowest rank decides each micro-batch: a full one or the last one with the head."""
+        c, block, ends, micro_us = self.columns, self.block, self.ends, self.model.constants.micro_us
+        plain = block.forward + block.backward
+        head = ends.head_forward + ends.head_backward
+        start = ends.embedding_forward + ends.embedding_backward
+        one = plain + again + self.talk()
+        heavy = np.maximum(rank * one + np.where(c.pp == 1, head, 0.0) + start, final * one + head + np.where(c.pp == 1, start, 0.0))
+        last_is_slower = (c.pp > 1) & (final * one + head > rank * one + start)
+        blocks = np.where(last_is_slower, final, rank)
+        outside = heavy - blocks * one
+        mean = (self.model.shape.layers * one + head + start) / c.pp
+        forward = mean * (block.forward + block.tp) / one
+        idle = schedule.bubble(c, forward, mean - forward, mean * block.backward / 2 / one)
+        hop = self.hop()
+        fsdp = self.sharded(rank, again)
+        optimizer = self.optimizer(rank)
+        zero = np.zeros(len(c))
+        return Times(
+            compute=c.count * (blocks * plain + outside),
+            recompute=c.count * blocks * again,
+            tp=c.count * blocks * self.tensor_talk(),
+            cp=c.count * blocks * self.context_talk(),
+            ep=c.count * blocks * 2 * block.ep,
+            fsdp=fsdp,
+            dp=self.replicas(rank, plain),
+            pp=hop,
+            bubble=idle,
+            optimizer=optimizer,
+            other=zero + self.model.constants.step_us * 1e-6 + c.count * micro_us * 1e-6,
+        )
+
+    def hop(self) -> Array:
+        """Seconds of handing micro-batches on: each waits once per direction, and the ramp passes every stage."""
+        c, model = self.columns, self.model
+        size = tokens_of(c, model.workload.sequence) * model.shape.width * model.software.working_bytes / c.tp
+        inner = c.dp * c.fsdp * c.cp * c.tp
+        once = model.collective("p2p", size, Group.of(c.pp, inner, model.device.per_node))
+        # Without sp each rank sends its part and the receivers gather it.
+        gather = model.collective("allgather", size * c.tp, Group.of(c.tp, 1, model.device.per_node))
+        once = once + np.where((c.sp == 0) & (c.pp > 1), gather, 0.0)
+        steady = 0.0 if model.software.overlap_pp else c.count * c.virtual
+        return np.where(c.pp > 1, 2 * once * (steady + c.pp - 1), 0.0)
+
+    def block_parameters(self) -> Array:
+        """Parameters of one block on one rank, gathered."""
+        return memory._States(self.model.shape, self.columns, self.model.software, self.model.experts).block()
+
+    def rank_parameters(self, rank: Array) -> Array:
+        """Parameters of the fullest rank, gathered: its blocks and one table."""
+        states = memory._States(self.model.shape, self.columns, self.model.software, self.model.experts)
+        return rank * states.block() + states.table()
+
+    def sharded(self, rank: Array, again: Array) -> Array:
+        """Seconds that fsdp's gathers and reductions stick out behind the computation of each block."""
+        c, model = self.columns, self.model
+        group = Group.of(c.fsdp, c.cp * c.tp, model.device.per_node)
+        size = self.block_parameters()
+        gather = model.collective("allgather", size * model.software.working_bytes, group)
+        reduce = model.collective("reducescatter", size * model.software.reduce_bytes, group)
+        forward = self.block.forward + self.block.tp + self.block.cp_forward
+        backward = self.block.backward + again + self.block.tp + self.block.cp_backward
+        once = np.maximum(gather - forward, 0.0) + np.maximum(gather - backward, 0.0)
+        ending = np.maximum(gather + reduce - backward, 0.0) - np.maximum(gather - backward, 0.0)
+        tables = 2 * gather / np.maximum(size, 1) * self.rank_parameters(np.zeros_like(rank))
+        return np.where(c.fsdp > 1, rank * (c.count * once + ending) + tables + reduce, 0.0)
+
+    def replicas(self, rank: Array, plain: Array) -> Array:
+        """Seconds of averaging gradients over dp that the last micro-batch's backward pass does not hide."""
+        c, model = self.columns, self.model
+        size = self.rank_parameters(rank) / c.fsdp
+        group = Group.of(c.dp, c.fsdp * c.cp * c.tp, model.device.per_node)
+        sharded = c.zero >= 1
+        gather = model.collective("allgather", size * model.software.working_bytes, group)
+        scatter = model.collective("reducescatter", size * model.software.reduce_bytes, group)
+        whole = np.where(sharded, gather + scatter, model.collective("allreduce", size * model.software.reduce_bytes, group))
+        hidden = np.minimum(whole * model.software.overlap_dp, rank * plain * 2 / 3)
+        # Ranks of a cp group hold the same parameters and see other tokens: their gradients are added, too.
+        context = Group.of(c.cp, c.tp, model.device.per_node)
+        extra = np.where(c.fsdp > 1, 0.0, model.collective("allreduce", size * model.software.reduce_bytes, context))
+        return np.where(c.dp > 1, whole - hidden, 0.0) + np.where(c.cp > 1, extra * (1 - model.software.overlap_dp), 0.0)
+
+    def optimizer(self, rank: Array) -> Array:
+        """Seconds of reading gradients and reading and writing parameters and state, at memory or host speed."""
+        c, model, software = self.columns, self.model, self.model.software
+        own = self.rank_parameters(rank) / c.fsdp / np.where(c.zero >= 1, c.dp, 1)
+        states = software.optimizer_bytes
+        size = own * (software.gradient_bytes * 2 + 2 * software.parameter_bytes + 2 * states)
+        seconds = size / (model.device.memory_gb_s * 1e9 * model.constants.stream)
+        moved = own * (2 * states + software.gradient_bytes + software.parameter_bytes)
+        return seconds + np.where(c.offload >= OFFLOADS.index("optimizer_state"), moved / (model.device.host_gb_s * 1e9), 0.0)

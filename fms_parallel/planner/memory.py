@@ -1,0 +1,158 @@
+"""What one rank holds at its fullest moment, in bytes, for many layouts at once.
+
+It knows what software keeps; it knows nothing of seconds. The fullest rank is the first stage (most micro-batches in
+flight, and the embedding) or the last one (head and logits); both are counted and the larger is reported.
+Formulas: activations Korthikanti et al. 2022 (arXiv 2205.05198); ZeRO Rajbhandari et al. 2020 (arXiv 1910.02054).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fms_parallel.planner import schedule
+from fms_parallel.planner.columns import OFFLOADS, RECOMPUTE, Columns
+from fms_parallel.planner.experts import Experts
+from fms_parallel.planner.hardware import GIB
+from fms_parallel.planner.operators import tokens_of
+from fms_parallel.planner.software import Software
+from fms_parallel.shape import ModelShape
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest rank by purpose, one entry per layout."""
+
+    parameters: Array
+    gradients: Array
+    optimizer: Array
+    gathered: Array
+    activations: Array
+    logits: Array
+    reserve: Array
+
+    @property
+    def total(self) -> Array:
+        """All of it."""
+        return np.asarray(sum(getattr(self, f.name) for f in fields(self)))
+
+
+def activation_bytes_per_token(shape: ModelShape, columns: Columns, sequence: int, software: Software) -> Array:
+    """Bytes that one block keeps per token of a rank, by the layout's recompute policy."""
+    w, tp = software.working_bytes, columns.tp
+    shard = np.where(columns.sp == 1, tp, 1)
+    outside = shape.width / shard
+    inputs = shape.width / (shard if software.gather_again else 1)
+    q = shape.heads * shape.head_width / tp
+    kv = np.maximum(shape.kv_heads, tp) * shape.head_width / tp
+    ffn = shape.ffn_width / tp
+    ups = 2 if shape.gated else 1
+    scores = 0.0 if software.fused_attention else (2 * w + 1) * shape.heads * sequence / columns.cp / tp
+    core = 4 * shape.heads / tp if software.fused_attention else scores
+    masks = 2 * outside * software.dropout
+    everything = w * (2 * outside + 2 * inputs + 2 * q + 2 * kv + (ups + 1) * ffn) + masks + core
+    selective = {
+        "core": everything - (scores if not software.fused_attention else 0.0),
+        # Block input; results of qkv, attention, output projection, up and gate, down.
+        "memory": w * (outside + 2 * q + 2 * kv + 2 * shape.width + ups * ffn) + 4 * shape.heads / tp,
+        "half": w * (outside + q + kv + q + ffn) + 4 * shape.heads / tp,
+    }[software.selective]
+    by_policy = [everything, selective, w * outside]
+    return np.choose(columns.recompute, [np.broadcast_to(x, columns.tp.shape) for x in by_policy])
+
+
+def peak(
+    shape: ModelShape, columns: Columns, sequence: int, software: Software, experts: Experts | None,
+    blocks: tuple[Array, Array],
+) -> Memory:
+    """Memory of the fullest rank. `blocks`: of the first rank and of the last one, over all their stages."""
+    tokens = tokens_of(columns, sequence)
+    states = _States(shape, columns, software, experts)
+    first = states.rank(blocks[0], embedding=True, head=columns.pp == 1)
+    last = states.rank(blocks[1], embedding=(columns.pp == 1), head=np.ones(len(columns), dtype=bool))
+    per_token = activation_bytes_per_token(shape, columns, sequence, software) * software.fragmentation
+    kept = tokens * per_token
+    again = _one_block_again(shape, columns, sequence, software) * tokens
+    held = schedule.in_flight(columns)
+    logits = tokens * shape.vocab / columns.tp * (software.working_bytes + 4 + 4)
+    outside = tokens * shape.width * software.working_bytes
+    ends = (
+        Memory(*first, kept * blocks[0] * held + again + outside, np.where(columns.pp == 1, logits, 0.0), _reserve(columns, software)),
+        Memory(*last, kept * blocks[1] * _held_by_last(columns, held) + again + outside, logits, _reserve(columns, software)),
+    )
+    fuller = ends[1].total > ends[0].total
+    return Memory(**{f.name: np.where(fuller, getattr(ends[1], f.name), getattr(ends[0], f.name)) for f in fields(Memory)})
+
+
+def _held_by_last(columns: Columns, first: Array) -> Array:
+    """Micro-batches in flight on the last rank: one in 1F1B, all in GPipe, and those of its other stages."""
+    code = columns.schedule
+    all_of_them = (code == schedule.CODE["gpipe"]) | (code == schedule.CODE["looped_bfs"])
+    steady = np.where(columns.virtual > 1, np.minimum((columns.pp * (columns.virtual - 1) + 1) / columns.virtual, first), 1.0)
+    return np.where(all_of_them | (columns.pp == 1), first, steady)
+
+
+def _one_block_again(shape: ModelShape, columns: Columns, sequence: int, software: Software) -> Array:
+    """While a recomputed block runs backward, everything of it is there once."""
+    whole = activation_bytes_per_token(shape, columns.with_(recompute=np.zeros_like(columns.recompute)), sequence, software)
+    return np.where(columns.recompute == RECOMPUTE.index("none"), 0.0, whole)
+
+
+def _reserve(columns: Columns, software: Software) -> Array:
+    return np.full(len(columns), software.reserve_gb * GIB)
+
+
+@dataclass(frozen=True)
+class _States:
+    """Parameters, gradients, optimizer state and gathered copies of one rank."""
+
+    shape: ModelShape
+    columns: Columns
+    software: Software
+    experts: Experts | None
+
+    def rank(self, blocks: Array, embedding: Any, head: Any) -> tuple[Array, Array, Array, Array]:
+        """Bytes of the four kinds for a rank with so many blocks."""
+        c, s = self.columns, self.software
+        tables = self.table() * (np.asarray(embedding, dtype=float) + np.asarray(head, dtype=float) * self.separate_head())
+        whole = blocks * self.block() + tables
+        shards = c.fsdp
+        over_dp = np.where(c.zero >= 1, c.dp, 1)
+        kept = np.where(c.offload == OFFLOADS.index("params"), 0.0, 1.0)
+        state = np.where(c.offload >= OFFLOADS.index("optimizer_state"), 0.0, 1.0)
+        waiting = (c.fsdp > 1) & (c.pp == 1) & (c.count > 1)
+        gradients = np.where(waiting, s.gradient_bytes, s.gradient_bytes / shards / np.where(c.zero >= 2, c.dp, 1))
+        return (
+            whole * s.parameter_bytes / shards * kept,
+            whole * gradients * kept,
+            whole * s.optimizer_bytes / shards / over_dp * state,
+            self.gathered(whole),
+        )
+
+    def gathered(self, whole: Array) -> Array:
+        """Copies in the working precision: of two blocks with fsdp, of everything where states are wider without."""
+        c, s = self.columns, self.software
+        wider = s.parameter_bytes > s.working_bytes
+        two_blocks = 2 * self.block() * (s.working_bytes + s.reduce_bytes / 2) + 2 * self.table() * s.working_bytes
+        return np.where(c.fsdp > 1, two_blocks, whole * s.working_bytes * wider)
+
+    def block(self) -> Array:
+        """Parameters of one block on one rank, gathered: matrices over tp, norms whole."""
+        shape, tp = self.shape, self.columns.tp
+        kv = (np.maximum(shape.kv_heads, tp) - shape.kv_heads) * shape.head_width * shape.width * 2
+        ffn = shape.ffn_parameters if self.experts is None else self.experts.parameters(shape) / self.experts.ep
+        return (shape.attention_parameters + kv + ffn) / tp + 2 * shape.norm_parameters
+
+    def table(self) -> Array:
+        """Parameters of the embedding on one rank; the head has as many."""
+        positions = self.shape.max_positions * self.shape.width if self.shape.learned_positions else 0
+        return self.shape.vocab * self.shape.width / self.columns.tp + positions / 2
+
+    def separate_head(self) -> Array:
+        """1 where the head is a second table: not tied, or tied across two ranks of a pipeline."""
+        return np.where((self.columns.pp > 1) | (not self.shape.tied), 1.0, 0.0)
