@@ -122,7 +122,7 @@ def test_every_function_is_tested() -> None:
     functions = {name for name, f in inspect.getmembers(compat, inspect.isfunction) if f.__module__ == compat.__name__}
     assert functions == {
         *("all_gather_single", "reduce_scatter_single", "local_shape_and_offset", "replicate"),
-        "set_fsdp_reduce_scatter",
+        *("set_fsdp_reduce_scatter", "assert_on_device"),
         *("functional_all_reduce", "functional_all_gather", "functional_reduce_scatter"),
     }
 

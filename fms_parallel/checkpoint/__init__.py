@@ -3,7 +3,9 @@
 lazy.py            tensors that are not read yet, and views of them that translate boxes
 template.py        key patterns that can be read in both directions
 adapter.py         named, invertible steps between a format's keys and tensors and ours
-files.py           safetensors (and guarded .bin / .pth) files in, safetensors files out
+files.py           weight files in (one, a folder, an index), safetensors files out
+torch_files.py     guarded .bin / .pth / .pt files in, mapped
+meta.py            Meta's consolidated.NN.pth files, any number of them, in and out
 slots.py           what a model holds: names, ties, this rank's box
 load.py            weights into a model, each rank reading only its own boxes
 export.py          weights out of a model, one gathered tensor at a time

@@ -1,4 +1,4 @@
-"""Weight files: safetensors in and out, `.bin` / `.pth` / `.pt` in as far as they hold plain tensors.
+"""Weight files: safetensors in and out, `.bin` / `.pth` / `.pt` in (`torch_files.py`), one file or a folder of them.
 
 Opening reads headers only. Everything that a file, a folder or an index can have wrong is found here and named, before
 any model sees it. Pickled code is never run. It knows files and lazy tensors; it knows no models and no ranks.
@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fms_parallel.checkpoint.lazy import FileTensor, LazyTensor, MemoryTensor
+from fms_parallel.checkpoint.lazy import FileTensor, LazyTensor
+from fms_parallel.checkpoint.torch_files import open_torch
 from fms_parallel.errors import CheckpointError
 from fms_parallel.log import get_logger
 
@@ -151,27 +152,9 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     return found
 
 
-def _open_torch(path: Path) -> dict[str, LazyTensor]:
-    """A file that torch.save wrote: mapped, not read, and only if it is a dict of plain tensors."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises whatever its parts raise; each means that this file cannot be used
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"{path} was not loaded: {reason} Only files of plain tensors in torch's zip format are read, because "
-            "others can run code. Convert it to safetensors where you trust it."
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors.")
-    for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
-            raise CheckpointError(f"{path}: {key!r} is a {type(value).__name__}, not a plain tensor under a name.")
-    return {key: MemoryTensor(value) for key, value in content.items()}
-
-
 _READERS: dict[str, Callable[[Path], dict[str, LazyTensor]]] = {
     ".safetensors": _open_safetensors,
-    **dict.fromkeys((".bin", ".pth", ".pt"), _open_torch),
+    **dict.fromkeys((".bin", ".pth", ".pt"), open_torch),
 }
 
 

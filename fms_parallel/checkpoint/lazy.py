@@ -239,20 +239,21 @@ class RotaryPermuted(LazyTensor):
 class Agreeing(LazyTensor):
     """Copies of one tensor, as a file that writes tied weights under each of their names has them.
 
-    Reading raises CheckpointError when the copies differ inside the box.
+    Reading raises CheckpointError when the copies differ inside the box; `what` says how there came to be several.
     """
 
-    def __init__(self, copies: Sequence[LazyTensor]) -> None:
+    def __init__(self, copies: Sequence[LazyTensor], what: str = "tied weights are in the file twice") -> None:
         _check_alike(copies, None)
         super().__init__(copies[0].shape, copies[0].dtype)
         self.copies = tuple(copies)
+        self.what = what
 
     def _read(self, box: Box) -> Tensor:
         first, *others = (copy.read(box) for copy in self.copies)
         for other in others:
             # Compared as bytes: a NaN equals itself here.
             if not torch.equal(_as_bytes(first), _as_bytes(other)):
-                raise CheckpointError("tied weights are in the file twice, with different contents.")
+                raise CheckpointError(f"{self.what}, with different contents.")
         return first
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 from fms_parallel.errors import ConfigError, LayoutError
+from fms_parallel.modules.dropout import Dropout
 from fms_parallel.modules.initial import Fill, Init, Normal
 from fms_parallel.modules.linear import Bias, shared_linear
 from fms_parallel.modules.norm import rms_norm
@@ -39,6 +40,8 @@ class AttentionShape:
         fused: store query, key and value as one parameter `[K, H/K + 2, D, E]`, grouped by kv head.
         qk_norm_eps: RMSNorm over D on queries and keys when not None.
         scale: of the scores; None is 1 / sqrt(D).
+        causal: without a mask a query attends to itself and what is before it; otherwise to everything.
+        dropout: of the attention weights.
         std, out_std: of the initial weights.
     """
 
@@ -51,6 +54,8 @@ class AttentionShape:
     fused: bool = False
     qk_norm_eps: float | None = None
     scale: float | None = None
+    causal: bool = True
+    dropout: float = 0.0
     std: float = 0.02
     out_std: float = 0.02
 
@@ -88,6 +93,7 @@ class Attention(nn.Module):
             self.query_norm = nn.Parameter(torch.empty(shape.head_width))
             self.key_norm = nn.Parameter(torch.empty(shape.head_width))
         self.out = nn.Linear(q, shape.width, bias=shape.out_bias)
+        self.score_dropout = Dropout(shape.dropout, salt=~layer)  # negative: blocks use the others
 
     def initial(self) -> dict[str, Init]:
         """How the parameters below start."""
@@ -114,8 +120,19 @@ class Attention(nn.Module):
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if seq.cache is not None:
             k, v = seq.cache.append(self.layer, k, v)
-        out = scores(q.transpose(1, 2), k, v, seq.mask, self.shape.scale)
-        return out.transpose(1, 2).flatten(2)
+        return self.mix(q.transpose(1, 2), k, v, seq).transpose(1, 2).flatten(2)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequences) -> Tensor:
+        """`q [B, h, S, D]`, `k, v [B, k, T, D]` -> `[B, h, S, D]`."""
+        rule = (seq.mask, self.shape.scale, self.shape.causal)
+        if not self.score_dropout.active:
+            return scores(q, k, v, *rule)
+        factors = self.score_dropout.factors(q.shape[1], self.first_head(), k.shape[2], seq, q)
+        return dropped_scores(q, k, v, *rule, factors)
+
+    def first_head(self) -> int:
+        """Index of the first query head held here."""
+        return 0
 
     def project(self, x: Tensor, seq: Sequences) -> tuple[Tensor, Tensor, Tensor]:
         """`[..., E]` -> q `[B, S, h, D]`, k and v `[B, S, k, D]` for the h query and k kv heads held here."""
@@ -231,6 +248,9 @@ class TPAttention(TPModule, Attention):
         group, place = divmod(self.axis.rank, self.axis.size // self.shape.kv_heads)
         return torch.cat([whole[group, place * held : (place + 1) * held], whole[group, -2:]]).unsqueeze(0)
 
+    def first_head(self) -> int:
+        return self.axis.rank * self.shape.heads // self.axis.size
+
     def group_held(self) -> int:
         return self.shape.heads // self.axis.size if self.kv_copied else self.shape.group
 
@@ -238,16 +258,39 @@ class TPAttention(TPModule, Attention):
         return self.summed(parameter, like)
 
 
-def scores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Attention of `q [B, h, S, D]` over `k, v [B, k, T, D]`; causal, aligned to the last key, when `mask` is None.
+def scores(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool = True
+) -> Tensor:
+    """Attention of `q [B, h, S, D]` over `k, v [B, k, T, D]`; without a `mask` causal, aligned to the last key, or full.
 
     The S queries are the last S of the T positions: torch's own `is_causal` aligns to the first, which is wrong for
     every multi-token step with a cache.
     """
     s, t = q.shape[-2], k.shape[-2]
-    if mask is None and 1 < s < t:
-        mask = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)
+    causal = causal and mask is None and s > 1
+    if causal and s < t:
+        mask, causal = _causal_mask(s, t, q.device), False
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None and s > 1, scale=scale, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+def dropped_scores(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool, factors: Tensor
+) -> Tensor:
+    """`scores` with the attention weights multiplied by `factors [B, h, S, T]`.
+
+    torch's fused attention draws its own bits, which would differ between layouts; this holds S x T weights instead.
+    """
+    s, t = q.shape[-2], k.shape[-2]
+    if causal and mask is None:
+        mask = _causal_mask(s, t, q.device)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    weights = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
+    weights = weights * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        weights = weights.masked_fill(~mask, float("-inf"))
+    return (weights.softmax(-1).to(q.dtype) * factors) @ v
+
+
+def _causal_mask(s: int, t: int, device: torch.device) -> Tensor:
+    return torch.ones(s, t, dtype=torch.bool, device=device).tril(t - s)

@@ -31,17 +31,36 @@ class Dropout(nn.Module):
             raise ConfigError(f"dropout {p}: must be in [0, 1).")
         self.p, self.salt = p, salt
 
+    @property
+    def active(self) -> bool:
+        """Whether anything is dropped now."""
+        return self.p > 0 and self.training
+
     def forward(self, x: Tensor, seq: Sequences) -> Tensor:
         """`[B, S, E]` or, under sequence parallelism, `[T/tp, E]`, in the same form back."""
         return self._drop(x, seq, first=0)
 
-    def _drop(self, x: Tensor, seq: Sequences, first: int) -> Tensor:
-        if self.p == 0 or not self.training:
+    def first_tokens(self, x: Tensor, seq: Sequences, first_column: int = 0) -> Tensor:
+        """`[B, n]`, one row for the first token of each sequence, features `first_column ..` of it."""
+        return self._drop(x, seq, first=0, every=seq.length, first_column=first_column)
+
+    def factors(self, heads: int, first_head: int, keys: int, seq: Sequences, like: Tensor) -> Tensor:
+        """What the attention weights of this rank's heads are multiplied by, `[B, heads, S, keys]`: 0 or 1 / (1 - p)."""
+        shape = torch.Size((seq.tokens, heads * keys))
+        kept = self._keep(shape, seq, like.device, first=0, first_column=first_head * keys)
+        kept = kept.view(seq.batch, seq.length, heads, keys).transpose(1, 2)
+        return kept.to(like.dtype).div_(1 - self.p)
+
+    def _drop(self, x: Tensor, seq: Sequences, **cut: int) -> Tensor:
+        if not self.active:
             return x
+        keep = self._keep(x.flatten(0, -2).shape, seq, x.device, **cut)
+        return x * keep.view(x.shape).to(x.dtype).div_(1 - self.p)
+
+    def _keep(self, shape: torch.Size, seq: Sequences, device: torch.device, first: int, **cut: int) -> Tensor:
         if seq.dropout is None:
             raise ConfigError("a model with dropout needs `dropout=DropoutKey(seed, first_token)` while it trains.")
-        keep = keep_mask(x.flatten(0, -2).shape, first, self.p, seq.dropout, self.salt, x.device)
-        return x * keep.view(x.shape).to(x.dtype).div_(1 - self.p)
+        return keep_mask(shape, first, self.p, seq.dropout, self.salt, device, **cut)
 
 
 class TPDropout(TPModule, Dropout):
@@ -54,12 +73,25 @@ class TPDropout(TPModule, Dropout):
         return self._drop(x, seq, first=self.axis.rank * x.shape[0] if self.sp else 0)
 
 
-def keep_mask(shape: torch.Size, first: int, p: float, key: DropoutKey, salt: int, device: torch.device) -> Tensor:
-    """Bool `[n, E]`: which elements stay of tokens `first .. first + n` of this micro-batch."""
-    tokens = torch.arange(shape[0], device=device, dtype=torch.int64).add_(key.first_token + first)
+def keep_mask(
+    shape: torch.Size,
+    first: int,
+    p: float,
+    key: DropoutKey,
+    salt: int,
+    device: torch.device,
+    *,
+    every: int = 1,
+    first_column: int = 0,
+) -> Tensor:
+    """Bool `[n, E]`: which elements stay of n tokens of this micro-batch, `first` and each `every`-th after it.
+
+    `first_column`: index of the first of the E features, where this rank has some of them only.
+    """
+    tokens = torch.arange(shape[0], device=device, dtype=torch.int64).mul_(every).add_(key.first_token + first)
     # Hashed before they meet: sums would give two seeds the same bits, a few tokens further on.
     rows = _mix(_mix(tokens) ^ _word(key.seed, salt))
-    columns = _mix(torch.arange(shape[1], device=device, dtype=torch.int64))
+    columns = _mix(torch.arange(first_column, first_column + shape[1], device=device, dtype=torch.int64))
     bits = _mix(rows[:, None] ^ columns[None, :])
     return bits >= int(p * (_MASK + 1))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import sqrt
 from typing import Any
 
 import torch
@@ -22,13 +23,58 @@ from fms_parallel.modules.initial import Fill, Init, Normal
 from fms_parallel.modules.linear import Bias, shared_linear
 from fms_parallel.modules.tp import TPModule
 
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+
+
+def _clipped_gelu(x: Tensor) -> Tensor:
+    """Bounded for quantisation (arXiv 2004.09602)."""
+    return F.gelu(x).clamp(-10, 10)
+
+
+def _laplace(x: Tensor) -> Tensor:
+    """Distribution function of a normal with mean sqrt(1/2) and variance 1 / 4 pi (arXiv 2209.10655)."""
+    return 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * sqrt(2))))
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def _root_softplus(x: Tensor) -> Tensor:
+    return F.softplus(x).sqrt()
+
+
+def _linear(x: Tensor) -> Tensor:
+    return x
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
     "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_python": F.gelu,
+    "gelu_10": _clipped_gelu,
+    "gelu_tanh": _gelu_tanh,
+    **dict.fromkeys(("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_new", "gelu_fast", "gelu_accurate"), _gelu_tanh),
+    "quick_gelu": _quick_gelu,
     "relu": F.relu,
+    "relu2": _squared_relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "hardswish": F.hardswish,
+    "laplace": _laplace,
+    "linear": _linear,
+    "mish": F.mish,
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": _root_softplus,
+    "tanh": torch.tanh,
 }
+"""By name, as Hugging Face configs spell them. Several spell one function: `gelu_new` and five others are the tanh
+approximation (arXiv 1606.08415)."""
 
 
 class FeedForward(nn.Module):

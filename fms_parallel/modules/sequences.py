@@ -40,7 +40,7 @@ class Sequences:
     Attributes:
         batch: B. length: S.
         rope: (cos, sin), each `[S, R/2]` or `[B, S, R/2]` for R rotated features, or None.
-        mask: bool `[B or 1, 1, S, T]`, True where a query may attend; None means causal.
+        mask: bool `[B or 1, 1, S, T]`, True where a query may attend; None: what the attention does by itself.
         cache: keys and values of earlier calls, or None.
         dropout: the key of this forward's random bits, or None when nothing is dropped.
     """

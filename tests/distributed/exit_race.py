@@ -1,23 +1,25 @@
-"""Starts and ends a job of two ranks many times over, each rank with a whole interpreter's exit. Run by test_exit.py.
+"""Starts and ends jobs of two ranks many times over, each rank with a whole interpreter's exit. Run by test_exit.py.
 
-    python exit_race.py ROUNDS
+    python -m tests.distributed.exit_race ROUNDS
 
 Ranks are forked from this process, which has torch loaded and has never used it (no thread to lose in the fork). A
-rank ends as a script does: `sys.exit`, exit handlers, static destructors. Other test ranks skip those.
-Prints one line for each rank that did not exit with 0, and exits with their number.
+rank ends as a script does: `sys.exit`, exit handlers, static destructors; the ranks of `run_ranks` skip most of that.
+Prints a line for each rank that did not end with exit code 0, and ends with 1 when there was one.
 """
 
 from __future__ import annotations
 
 import os
+import random
+import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -26,19 +28,63 @@ from fms_parallel.distributed.mesh import build_mesh, shard_mesh, tp_axis
 from fms_parallel.distributed.start import process_group
 from fms_parallel.layout import ParallelLayout
 
-WORLD_SIZE = 2
-PATIENCE = 60.0
-"""Seconds until a rank that does not end is killed."""
-
 LAYOUTS = ("tp=2", "fsdp=2")
+"""Of the rounds, in turn."""
+
+AT_ONCE = 3
+"""Jobs side by side: on a busy machine one rank ends later than the other."""
+
+PATIENCE = 60
+"""Seconds until ranks that do not end are killed, by an alarm of their own."""
 
 
 def main(rounds: int) -> int:
-    failures = 0
-    for index in range(rounds):
-        layout = LAYOUTS[index % len(LAYOUTS)]
-        port = free_port()
-        ranks = [start(rank, port, layout) for rank in range(WORLD_SIZE)]
-        if ranks == [None] * WORLD_SIZE:
-            continue
-    return failures
+    """Start jobs, a new one whenever one has ended; returns the exit code."""
+    ports, ranks, bad = free_ports(), {}, 0
+    for index in range(rounds + 1):
+        while len(ranks) > (2 * (AT_ONCE - 1) if index < rounds else 0):
+            pid, status = os.wait()
+            name, code = ranks.pop(pid), os.waitstatus_to_exitcode(status)
+            if code:
+                bad += 1
+                print(f"{name}: exit code {code}", flush=True)
+        if index < rounds:
+            layout, port = LAYOUTS[index % len(LAYOUTS)], next(ports)
+            ranks |= {start(rank, port, layout): f"round {index}, {layout}, rank {rank}" for rank in range(2)}
+    return 1 if bad else 0
+
+
+def start(rank: int, port: int, layout: str) -> int:
+    """The process id of a new rank; the rank itself never returns."""
+    if pid := os.fork():
+        return pid
+    signal.alarm(PATIENCE)
+    os.environ |= {"RANK": str(rank), "MASTER_PORT": str(port)}
+    work(ParallelLayout.parse(layout))
+    sys.exit(0)
+
+
+def work(layout: ParallelLayout) -> None:
+    """What every job does: a mesh, a collective, a model; all of them still in use when the group is left."""
+    with process_group("cpu"):
+        mesh = build_mesh(layout)
+        if layout.tp > 1:
+            total = all_reduce(torch.ones(3), tp_axis(mesh))
+            assert total.eq(2).all()
+        else:
+            model = nn.Linear(4, 4)
+            fully_shard(model, mesh=shard_mesh(mesh))
+            model(torch.ones(2, 4)).sum().backward()
+
+
+def free_ports() -> Iterator[int]:
+    """Ports that nothing listens on, below those that systems give to outgoing connections."""
+    while True:
+        port = random.randrange(15000, 32000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                yield port
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

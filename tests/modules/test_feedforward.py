@@ -9,12 +9,40 @@ from fms_parallel.errors import ConfigError
 from fms_parallel.modules.feedforward import ACTIVATIONS, FeedForward, gate
 
 E = 8
+
+
+def exact_gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / 2**0.5))
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
 ORACLES = {
     "silu": lambda x: x * torch.sigmoid(x),
     "swish": lambda x: x * torch.sigmoid(x),
-    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
-    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "gelu": exact_gelu,
+    "gelu_python": exact_gelu,
+    "gelu_10": lambda x: exact_gelu(x).clamp(-10, 10),
+    "gelu_tanh": tanh_gelu,
+    "gelu_pytorch_tanh": tanh_gelu,
+    "gelu_python_tanh": tanh_gelu,
+    "gelu_new": tanh_gelu,
+    "gelu_fast": tanh_gelu,
+    "gelu_accurate": tanh_gelu,
+    "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
     "relu": lambda x: x.clamp(min=0),
+    "relu2": lambda x: x.clamp(min=0) ** 2,
+    "relu6": lambda x: x.clamp(0, 6),
+    "leaky_relu": lambda x: torch.where(x > 0, x, 0.01 * x),
+    "hardswish": lambda x: x * (x + 3).clamp(0, 6) / 6,
+    "laplace": lambda x: 0.5 * torch.erfc((0.707107 - x) / (2**0.5 * 0.282095)),
+    "linear": lambda x: x,
+    "mish": lambda x: x * torch.tanh(torch.log1p(torch.exp(x))),
+    "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
+    "sqrtsoftplus": lambda x: torch.log1p(torch.exp(x)).sqrt(),
+    "tanh": lambda x: 1 - 2 / (1 + torch.exp(2 * x)),
 }
 
 

@@ -1,0 +1,245 @@
+"""`plan`: from a model, a cluster and a workload to a ranked list of layouts. What `fms-plan search` prints.
+
+It composes space, cost and ranking; it knows no formula of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fms_parallel.errors import ConfigError
+from fms_parallel.layout import ParallelLayout
+from fms_parallel.planner import schedule
+from fms_parallel.planner.catalog import Model, find_model
+from fms_parallel.planner.columns import Columns
+from fms_parallel.planner.cost import CostModel, Costs
+from fms_parallel.planner.efficiency import DEFAULT, Constants
+from fms_parallel.planner.hardware import GIB, Cluster
+from fms_parallel.planner.operators import Workload
+from fms_parallel.planner.software import Software, load_software
+from fms_parallel.planner.space import Space, candidates, rejections
+
+Array = NDArray[Any]
+
+TOO_LARGE = "does not fit in memory"
+CHUNK = 1 << 16
+"""Layouts that are priced at once: arrays of this length stay in the cache."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a layout is predicted to do.
+
+    Attributes:
+        layout: what `get_model` and `train_causal.py` take. micro_batch: sequences of one micro-batch of one replica.
+        micro_batches: of one replica in a step; without a pipeline these are gradient accumulation.
+        step_time_s: seconds of one step. throughput: sequences per second. memory_gb: 2^30 bytes of the fullest rank.
+        margin: free part of a device's memory. mfu: model FLOPs over peak. dollars_per_hour: of the whole cluster.
+        breakdown: seconds of a step by purpose, they add up. memory_breakdown: 2^30 bytes by purpose.
+    """
+
+    layout: ParallelLayout
+    micro_batch: int
+    micro_batches: int
+    step_time_s: float
+    throughput: float
+    tokens_per_s_per_gpu: float
+    mfu: float
+    memory_gb: float
+    margin: float
+    dollars_per_hour: float
+    breakdown: Mapping[str, float]
+    memory_breakdown: Mapping[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, the layout as its string."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "layout": str(self.layout), "layout_fields": _layout_fields(self.layout)}
+
+
+def _layout_fields(layout: ParallelLayout) -> dict[str, Any]:
+    import json
+
+    fields_: dict[str, Any] = json.loads(layout.to_json())
+    return fields_
+
+
+@dataclass(frozen=True)
+class Result:
+    """A search: how many layouts were looked at, how many would run, why others would not, and the best."""
+
+    model: Model
+    cluster: Cluster
+    workload: Workload
+    considered: int
+    feasible: int
+    seconds: float
+    rejected: Mapping[str, int]
+    results: list[Estimate]
+    examples: Mapping[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """What `fms-plan search --json` prints."""
+        return {
+            "model": self.model.name,
+            "cluster": str(self.cluster),
+            "global_batch": self.workload.global_batch,
+            "sequence": self.workload.sequence,
+            "configurations_considered": self.considered,
+            "feasible": self.feasible,
+            "seconds": self.seconds,
+            "rejected": dict(self.rejected),
+            "rejected_examples": dict(self.examples),
+            "results": [estimate.as_json() for estimate in self.results],
+        }
+
+
+@dataclass(frozen=True)
+class Planner:
+    """A cost model for one model on one cluster, with what turns its columns into estimates."""
+
+    model: Model
+    cluster: Cluster
+    workload: Workload
+    software: Software
+    constants: Constants = DEFAULT
+
+    @classmethod
+    def of(
+        cls, model: Model | str, cluster: Cluster | str, workload: Workload, software: Software | str = "native",
+        constants: Constants = DEFAULT,
+    ) -> Planner:
+        """Names are looked up; constants of the device's file count over `constants`."""
+        model = find_model(model) if isinstance(model, str) else model
+        cluster = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
+        software = load_software(software) if isinstance(software, str) else software
+        constants = constants.having(cluster.device.constants)
+        return cls(model, cluster, workload, software.with_precision(workload.precision), constants)
+
+    @property
+    def costs(self) -> CostModel:
+        """The cost model."""
+        return CostModel(
+            self.model.shape, self.cluster.device, self.workload, self.software, self.constants, self.model.experts
+        )
+
+    def estimates(self, columns: Columns, costs: Costs, rows: Array) -> list[Estimate]:
+        """Estimates of some rows."""
+        return [self._estimate(columns, costs, int(row)) for row in rows]
+
+    def _estimate(self, columns: Columns, costs: Costs, row: int) -> Estimate:
+        shape, workload, gpus = self.model.shape, self.workload, self.cluster.gpus
+        seconds = float(costs.times.total[row])
+        used = float(costs.memory.total[row])
+        flops = shape.flops_per_token(workload.sequence) * workload.global_batch * workload.sequence
+        return Estimate(
+            layout=columns.layout(row, _layout_precision(workload.precision), self._split(columns, costs, row)),
+            micro_batch=int(columns.micro[row]),
+            micro_batches=int(columns.count[row]),
+            step_time_s=seconds,
+            throughput=workload.global_batch / seconds,
+            tokens_per_s_per_gpu=workload.global_batch * workload.sequence / seconds / gpus,
+            mfu=flops / seconds / gpus / (self.cluster.device.peak(workload.precision) / self.cluster.device.sustained),
+            memory_gb=used / GIB,
+            margin=1 - used / (self.cluster.device.memory_gb * GIB),
+            dollars_per_hour=self.cluster.price_per_hour,
+            breakdown={f.name: float(getattr(costs.times, f.name)[row]) for f in fields(costs.times)},
+            memory_breakdown={f.name: float(getattr(costs.memory, f.name)[row]) / GIB for f in fields(costs.memory)},
+        )
+
+    def _split(self, columns: Columns, costs: Costs, row: int) -> tuple[int, ...] | None:
+        stages = int(columns.pp[row] * columns.virtual[row])
+        if columns.pp[row] == 1:
+            return None
+        split = schedule.stage_split(
+            self.model.shape.layers, int(costs.most[row]), int(costs.last[row]), int(costs.full[row]), stages
+        )
+        return None if len(set(split)) == 1 else split
+
+    def estimate(self, layout: ParallelLayout, micro_batch: int | None = None) -> Estimate:
+        """One layout; without a pipeline `micro_batch` says how its share of the batch is accumulated.
+
+        Raises:
+            LayoutError: a layout that the model cannot have. ConfigError: a batch that does not divide.
+        """
+        layout.validate(self.model.shape)
+        share = self.workload.global_batch // layout.data_parallel
+        if self.workload.global_batch % (layout.data_parallel * layout.microbatches):
+            raise ConfigError(
+                f"{self.workload.global_batch} sequences do not divide over {layout.data_parallel} replicas with "
+                f"{layout.microbatches} micro-batches each: use a multiple of "
+                f"{layout.data_parallel * layout.microbatches}."
+            )
+        columns = Columns.of_layout(layout, self.workload.global_batch)
+        if layout.pp == 1 and micro_batch is not None:
+            columns = columns.with_(micro=np.array([micro_batch]), count=np.array([share // micro_batch]))
+        found = self._estimate(columns, self.costs.evaluate(columns), 0)
+        return found if layout.stage_split is None else replace(found, layout=layout)
+
+
+def _layout_precision(precision: str) -> str:
+    return "bf16" if precision == "fp8" else precision
+
+
+def plan(
+    model: Model | str, cluster: Cluster | str, workload: Workload, *, space: Space | None = None, top: int = 10,
+    software: Software | str = "native", constants: Constants = DEFAULT,
+) -> list[Estimate]:
+    """The best layouts, fastest first; see `search`, which also says what was rejected and why."""
+    return search(model, cluster, workload, space=space, top=top, software=software, constants=constants).results
+
+
+def search(
+    model: Model | str, cluster: Cluster | str, workload: Workload, *, space: Space | None = None, top: int = 10,
+    software: Software | str = "native", constants: Constants = DEFAULT,
+) -> Result:
+    """Price every layout of the space and keep the fastest that fit.
+
+    Raises:
+        ConfigError: an unknown model, GPU, software or pin.
+    """
+    began = time.perf_counter()
+    planner = Planner.of(model, cluster, workload, software, constants)
+    space = space or Space()
+    everything = candidates(planner.cluster.gpus, workload.global_batch, space)
+    alive, counts, examples = _apply_rules(planner, everything, space)
+    columns = everything.take(alive)
+    best: list[tuple[float, Estimate]] = []
+    fitting = 0
+    limit = planner.cluster.device.memory_gb * GIB
+    for start in range(0, len(columns), CHUNK):
+        part = columns.take(slice(start, start + CHUNK))
+        costs = planner.costs.evaluate(part)
+        fits = np.flatnonzero(costs.memory.total <= limit)
+        fitting += len(fits)
+        _note(counts, examples, TOO_LARGE, part, costs.memory.total > limit)
+        order = fits[np.argsort(costs.times.total[fits], kind="stable")[:top]]
+        best += [(e.step_time_s, e) for e in planner.estimates(part, costs, order)]
+    best.sort(key=lambda pair: pair[0])
+    results = [estimate for _, estimate in best[:top]]
+    seconds = time.perf_counter() - began
+    return Result(planner.model, planner.cluster, workload, len(everything), fitting, seconds, counts, results, examples)
+
+
+def _apply_rules(planner: Planner, columns: Columns, space: Space) -> tuple[Array, dict[str, int], dict[str, str]]:
+    alive = np.ones(len(columns), dtype=bool)
+    counts: dict[str, int] = {}
+    examples: dict[str, str] = {}
+    for reason, mask in rejections(columns, planner.model.shape, planner.workload.sequence, space).items():
+        _note(counts, examples, reason, columns, alive & mask)
+        alive &= ~mask
+    return np.flatnonzero(alive), counts, examples
+
+
+def _note(counts: dict[str, int], examples: dict[str, str], reason: str, columns: Columns, mask: Array) -> None:
+    number = int(np.count_nonzero(mask))
+    if number:
+        counts[reason] = counts.get(reason, 0) + number
+        if reason not in examples:
+            examples[reason] = str(columns.layout(int(np.argmax(mask)), "bf16"))
