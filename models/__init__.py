@@ -7,17 +7,8 @@ if __name__ != "fms_parallel.models":
     raise ImportError("models/ is the package fms_parallel.models: write `from fms_parallel.models import ...`")
 
 from . import llama
-from .registry import (
-    Architecture,
-    get_config,
-    get_model,
-    get_shape,
-    list_models,
-    list_sources,
-    list_variants,
-    register_model,
-    save_hf,
-)
+from .build import get_config, get_model, get_shape, save_hf
+from .registry import Architecture, list_models, list_sources, list_variants, register_model
 
 __all__ = [
     "Architecture",

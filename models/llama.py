@@ -28,6 +28,7 @@ from fms_parallel.modules.tp import TPModule
 from fms_parallel.shape import ModelShape
 
 from .hf.config import HFFields
+from .llama_meta import config_from_meta, config_to_meta, meta_adapter, meta_files
 from .registry import Architecture, register_model
 
 
@@ -292,15 +293,20 @@ HF_NAMES = (
 
 def hf_adapter(config: LLaMAConfig) -> Adapter:
     """Between Hugging Face's keys and ours."""
+    return Adapter("hf", (Drop(("*.rotary_emb.inv_freq",)), Rename(HF_NAMES), *stored_form(config)))
+
+
+def stored_form(config: LLaMAConfig) -> tuple[Step, ...]:
+    """From separate tensors to those that the module holds."""
     attention, ffn = "layers.{n}.attention.", "layers.{n}.feed_forward."
-    steps: list[Step] = [Drop(("*.rotary_emb.inv_freq",)), Rename(HF_NAMES)]
+    steps: list[Step] = []
     if config.fused:
         q, k, v = (f"{attention}{name}.{{kind}}" for name in ("query", "key", "value"))
         steps.append(GroupQKV(q, k, v, f"{attention}qkv.{{kind}}", config.heads, config.k, config.d))
         steps.append(Stack((f"{ffn}gate.{{kind}}", f"{ffn}up.{{kind}}"), f"{ffn}gate_up.{{kind}}"))
     if config.tied:
         steps.append(Tied("head.weight", "embedding.weight"))
-    return Adapter("hf", tuple(steps))
+    return tuple(steps)
 
 
 _HF_FIELDS = {  # ours -> theirs
@@ -384,8 +390,11 @@ register_model(
         name="llama",
         build=LLaMA,
         variants=VARIANTS,
-        adapters={"hf": hf_adapter},
+        adapters={"hf": hf_adapter, "meta": lambda config: meta_adapter(config, stored_form(config))},
+        files={"meta": meta_files},
         from_hf=config_from_hf,
         to_hf=config_to_hf,
+        from_meta=config_from_meta,
+        to_meta=config_to_meta,
     )
 )

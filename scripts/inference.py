@@ -90,7 +90,7 @@ def read_run(args: argparse.Namespace) -> dict[str, Any]:
 def generate_with(args: argparse.Namespace, layout: ParallelLayout, overrides: dict[str, Any]) -> int:
     """Everything that needs torch."""
     from fms_parallel.distributed.start import process_group
-    from fms_parallel.inference.generate import generate_text
+    from fms_parallel.inference import generate_text
     from fms_parallel.models import get_config, get_model
     from fms_parallel.tokenizers import check_vocab, get_tokenizer
 

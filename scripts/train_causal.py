@@ -186,7 +186,7 @@ def fit_vocabulary(args: argparse.Namespace, overrides: dict[str, Any], tokenize
 
 def sampler(tokenizer: Tokenizer, args: argparse.Namespace) -> Any:
     """Text that the model makes now, greedily."""
-    from fms_parallel.inference.generate import generate_text
+    from fms_parallel.inference import generate_text
 
     def sample(model: Any) -> str:
         text = generate_text(model, tokenizer, args.sample_prompt, max_new_tokens=args.sample_tokens)

@@ -4,5 +4,11 @@ request.py    what one call asks for, checked before anything is computed
 cache.py      keys and values of earlier tokens, allocated once
 sampling.py   logits -> distribution -> token, a row at a time and the same in every layout
 ranks.py      all ranks continue with the same tokens
-generate.py   the loop
+loop.py       one forward per new token
 """
+
+from fms_parallel.inference.cache import KVCache
+from fms_parallel.inference.loop import CausalModel, generate, generate_text
+from fms_parallel.inference.sampling import Sampling
+
+__all__ = ["CausalModel", "KVCache", "Sampling", "generate", "generate_text"]

@@ -2,7 +2,7 @@
 
     V = 7, tp = 2:   rank 0 holds rows 0..3, rank 1 rows 4..6; a look-up elsewhere gives zero, the sum the row
 
-Every row is trained: no padding index is singled out (a padding id of -1 would silently freeze the last row).
+Every row is trained unless `padding_id` names one (a padding id of -1, which would freeze the last, is refused).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch.distributed.tensor import Placement, Shard
 
 from fms_parallel.compat import assert_on_device
 from fms_parallel.distributed.collectives import gather_last
-from fms_parallel.modules.initial import Init, Normal
+from fms_parallel.errors import ConfigError
+from fms_parallel.modules.initial import Fill, Init, Normal
 from fms_parallel.modules.loss import VocabularyShard, linear_cross_entropy
 from fms_parallel.modules.sequences import Sequences
 from fms_parallel.modules.tp import TPModule
@@ -24,12 +25,15 @@ class Embedding(nn.Module):
     """A row of `weight [V, E]` per token id.
 
     Attributes:
+        padding_id: a token whose row is read but gets no gradient here, as torch's `padding_idx`; None: all are trained.
         compute_dtype: dtype of what comes out, and so of all activations; None is the weight's own.
     """
 
-    def __init__(self, vocab: int, width: int, std: float = 0.02) -> None:
+    def __init__(self, vocab: int, width: int, std: float = 0.02, *, padding_id: int | None = None) -> None:
         super().__init__()
-        self.vocab, self.std = vocab, std
+        if padding_id is not None and not 0 <= padding_id < vocab:
+            raise ConfigError(f"padding id {padding_id} is none of {vocab} tokens: use None for no padding.")
+        self.vocab, self.std, self.padding_id = vocab, std, padding_id
         self.compute_dtype: torch.dtype | None = None
         self.weight = nn.Parameter(torch.empty(vocab, width))
 
@@ -39,7 +43,7 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """`[B, S]` -> `[B, S, E]`."""
-        return F.embedding(ids, self.weight).to(self.compute_dtype or self.weight.dtype)
+        return F.embedding(ids, self.weight, self.padding_id).to(self.compute_dtype or self.weight.dtype)
 
 
 class TPEmbedding(TPModule, Embedding):
@@ -61,22 +65,25 @@ class TPEmbedding(TPModule, Embedding):
             partial = weight.new_zeros(*ids.shape, weight.shape[-1]) + weight.sum()
         else:
             here = (ids >= start) & (ids < stop)
-            rows = F.embedding((ids - start).where(here, 0), weight)
+            mine = self.padding_id is not None and start <= self.padding_id < stop
+            padding = self.padding_id - start if mine else None  # type: ignore[operator]
+            rows = F.embedding((ids - start).where(here, 0), weight, padding)
             partial = rows * here.unsqueeze(-1).to(rows.dtype)
         return self.leave(partial.to(self.compute_dtype or partial.dtype))
 
 
 class Head(nn.Module):
-    """Logits of the next token, or their cross-entropy. `weight [V, E]` may be the embedding's own parameter."""
+    """Logits of a token, or their cross-entropy. `weight [V, E]` may be the embedding's own parameter."""
 
-    def __init__(self, vocab: int, width: int, std: float = 0.02) -> None:
+    def __init__(self, vocab: int, width: int, std: float = 0.02, *, bias: bool = False) -> None:
         super().__init__()
         self.vocab, self.std = vocab, std
         self.weight = nn.Parameter(torch.empty(vocab, width))
+        self.bias = nn.Parameter(torch.empty(vocab)) if bias else None
 
     def initial(self) -> dict[str, Init]:
         """How own parameters start."""
-        return {"weight": Normal(self.std)}
+        return {"weight": Normal(self.std), "bias": Fill(0.0)}
 
     def forward(self, x: Tensor, seq: Sequences, labels: Tensor | None = None, last: int | None = None) -> Tensor:
         """Logits or loss of `x [B, S, E]`.
@@ -91,12 +98,14 @@ class Head(nn.Module):
 
     def logits(self, x: Tensor, seq: Sequences, last: int | None = None) -> Tensor:
         """`[B, S, E]` -> `[B, S, V]`."""
-        return F.linear(x if last is None else x[:, -last:], self.weight.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x if last is None else x[:, -last:], self.weight.to(x.dtype), bias)
 
     def loss(self, x: Tensor, labels: Tensor, seq: Sequences) -> Tensor:
         """Summed cross-entropy."""
         whole = VocabularyShard(None, 0, self.vocab)
-        return linear_cross_entropy(x.flatten(0, -2), self.weight.to(x.dtype), labels.flatten(), whole)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return linear_cross_entropy(x.flatten(0, -2), self.weight.to(x.dtype), labels.flatten(), whole, bias)
 
 
 class TPHead(TPModule, Head):
@@ -105,13 +114,16 @@ class TPHead(TPModule, Head):
     loss_parallel = True
 
     def placements(self) -> dict[str, Placement]:
-        return {"weight": Shard(0)}
+        return {"weight": Shard(0), "bias": Shard(0)}
 
     def logits(self, x: Tensor, seq: Sequences, last: int | None = None) -> Tensor:
         """The same logits on every rank: `[B, S, V]`."""
         x = self.enter(x, seq.tokens).view(seq.batch, seq.length, -1)
         x = x if last is None else x[:, -last:]
-        return gather_last(F.linear(x, self.shard(self.weight, x)), self.axis, self.vocab)
+        return gather_last(F.linear(x, self.shard(self.weight, x), self._bias(x)), self.axis, self.vocab)
+
+    def _bias(self, like: Tensor) -> Tensor | None:
+        return None if self.bias is None else self.shard(self.bias, like)
 
     def loss(self, x: Tensor, labels: Tensor, seq: Sequences) -> Tensor:
         if not self.loss_parallel:
@@ -120,4 +132,4 @@ class TPHead(TPModule, Head):
             return F.cross_entropy(logits.to(wide), labels.flatten(), reduction="sum")
         x = self.enter(x, seq.tokens).flatten(0, -2)
         shard = VocabularyShard(self.axis, self.axis.chunk(self.vocab)[0], self.vocab)
-        return linear_cross_entropy(x, self.shard(self.weight, x), labels.flatten(), shard)
+        return linear_cross_entropy(x, self.shard(self.weight, x), labels.flatten(), shard, self._bias(x))

@@ -34,11 +34,14 @@ class VocabularyShard(NamedTuple):
     vocab: int
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
-    """Sum over tokens of the cross-entropy of `x @ weight.T` against `labels`.
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard, bias: Tensor | None = None
+) -> Tensor:
+    """Sum over tokens of the cross-entropy of `x @ weight.T + bias` against `labels`.
 
     Args:
         x: `[T, E]`. weight: `[V/tp, E]`. labels: `[T]`, global token ids, `IGNORE` where there is none.
+        bias: `[V/tp]`, or none.
     Returns:
         a scalar in fp32 (fp64 for fp64 input), the same on every rank of the axis. The gradient of `x` covers this
         rank's part of the vocabulary only: the caller's region sums it.
@@ -47,40 +50,50 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, shard: Vocab
     """
     known = (labels == IGNORE) | ((labels >= 0) & (labels < shard.vocab))
     assert_on_device(known.all(), f"a label is neither {IGNORE} nor a token id in [0, {shard.vocab}).")
-    return _LinearCrossEntropy.apply(x, weight, labels, shard, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(x, weight, bias, labels, shard, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard, with_gradient: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        shard: VocabularyShard,
+        with_gradient: bool,
     ) -> Tensor:
         # Under no_grad the inputs still say that they need a gradient: nobody would use it.
-        need_x, need_w = (with_gradient and need for need in ctx.needs_input_grad[:2])
+        need_x, need_w, need_b = (with_gradient and need for need in ctx.needs_input_grad[:3])
         wide = torch.promote_types(x.dtype, torch.float32)
         d_x = torch.empty_like(x) if need_x else None
         d_w = torch.zeros_like(weight, dtype=wide) if need_w else None
+        d_b = torch.zeros_like(bias, dtype=wide) if need_b else None
         total = torch.zeros((), dtype=wide, device=x.device)
         rows = max(1, _CHUNK_ELEMENTS.get(x.device.type, 1 << 21) // max(1, weight.shape[0]))
         for start in range(0, x.shape[0], rows):
             piece = slice(start, start + rows)
-            loss, gradient = _chunk(x[piece] @ weight.t(), labels[piece], shard, wide, need_x or need_w)
+            logits = torch.nn.functional.linear(x[piece], weight, bias)
+            loss, gradient = _chunk(logits, labels[piece], shard, wide, need_x or need_w or need_b)
             total += loss
             if gradient is not None and d_x is not None:
                 torch.mm(gradient.to(x.dtype), weight, out=d_x[piece])
             if gradient is not None and d_w is not None:
                 _accumulate(d_w, gradient, x[piece])
-        ctx.save_for_backward(d_x, d_w)
+            if gradient is not None and d_b is not None:
+                d_b += gradient.sum(0)
+        ctx.save_for_backward(d_x, d_w, d_b)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        d_x, d_w = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        d_x, d_w, d_b = ctx.saved_tensors
         x = None if d_x is None else d_x * grad.to(d_x.dtype)
-        w = None if d_w is None else (d_w * grad).to(ctx.weight_dtype)
-        return x, w, None, None, None
+        w, b = (None if d is None else (d * grad).to(ctx.weight_dtype) for d in (d_w, d_b))
+        return x, w, b, None, None, None
 
 
 def _accumulate(d_w: Tensor, gradient: Tensor, x: Tensor) -> None:

@@ -5,6 +5,7 @@ It composes space, cost and ranking; it knows no formula of its own.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -28,6 +29,7 @@ from fms_parallel.planner.space import Space, candidates, rejections
 Array = NDArray[Any]
 
 TOO_LARGE = "does not fit in memory"
+TOO_SLOW = "slower than --deadline and --budget allow"
 CHUNK = 1 << 16
 """Layouts that are priced at once: arrays of this length stay in the cache."""
 
@@ -64,8 +66,6 @@ class Estimate:
 
 
 def _layout_fields(layout: ParallelLayout) -> dict[str, Any]:
-    import json
-
     fields_: dict[str, Any] = json.loads(layout.to_json())
     return fields_
 
@@ -204,9 +204,13 @@ def search(
     Raises:
         ConfigError: an unknown model, GPU, software or pin.
     """
+    return search_with(Planner.of(model, cluster, workload, software, constants), space or Space(), top)
+
+
+def search_with(planner: Planner, space: Space, top: int, step_limit: float | None = None) -> Result:
+    """The same for a planner that is there already; `step_limit`: seconds that a step may take."""
     began = time.perf_counter()
-    planner = Planner.of(model, cluster, workload, software, constants)
-    space = space or Space()
+    workload = planner.workload
     everything = candidates(planner.cluster.gpus, workload.global_batch, space)
     alive, counts, examples = _apply_rules(planner, everything, space)
     columns = everything.take(alive)
@@ -216,15 +220,18 @@ def search(
     for start in range(0, len(columns), CHUNK):
         part = columns.take(slice(start, start + CHUNK))
         costs = planner.costs.evaluate(part)
-        fits = np.flatnonzero(costs.memory.total <= limit)
+        used, seconds = costs.memory.total, costs.times.total
+        slow = (used <= limit) & (seconds > (step_limit or np.inf))
+        fits = np.flatnonzero((used <= limit) & ~slow)
         fitting += len(fits)
-        _note(counts, examples, TOO_LARGE, part, costs.memory.total > limit)
-        order = fits[np.argsort(costs.times.total[fits], kind="stable")[:top]]
+        _note(counts, examples, TOO_LARGE, part, used > limit)
+        _note(counts, examples, TOO_SLOW, part, slow)
+        order = fits[np.argsort(seconds[fits], kind="stable")[:top]]
         best += [(e.step_time_s, e) for e in planner.estimates(part, costs, order)]
     best.sort(key=lambda pair: pair[0])
     results = [estimate for _, estimate in best[:top]]
-    seconds = time.perf_counter() - began
-    return Result(planner.model, planner.cluster, workload, len(everything), fitting, seconds, counts, results, examples)
+    spent = time.perf_counter() - began
+    return Result(planner.model, planner.cluster, workload, len(everything), fitting, spent, counts, results, examples)
 
 
 def _apply_rules(planner: Planner, columns: Columns, space: Space) -> tuple[Array, dict[str, int], dict[str, str]]:

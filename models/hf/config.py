@@ -115,12 +115,16 @@ def _kind(words: Mapping[str, Any]) -> str:
 
 
 def read_config_json(folder: Path) -> dict[str, Any] | None:
-    """The folder's config.json, or None when there is none.
+    """The folder's config.json; None and errors as in `read_json`."""
+    return read_json(folder / "config.json")
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, or None when there is no such file.
 
     Raises:
-        CheckpointError: it is not JSON.
+        CheckpointError: it is not JSON, or no object.
     """
-    file = folder / "config.json"
     if not file.is_file():
         return None
     try:

@@ -10,7 +10,7 @@ from torch import nn
 
 from fms_parallel.errors import ConfigError, FmsError
 from fms_parallel.inference.cache import KVCache
-from fms_parallel.inference.generate import Columns, generate
+from fms_parallel.inference.loop import Columns, generate
 from tests.inference.models import PROMPTS, Counting, tiny_llama
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fms_parallel.errors import DataError
-from fms_parallel.inference.generate import generate_text
+from fms_parallel.inference import generate_text
 from fms_parallel.tokenizers import CharTokenizer
 from tests.inference.models import Counting
 

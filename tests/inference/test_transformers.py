@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fms_parallel.inference.generate import generate
+from fms_parallel.inference import generate
 from fms_parallel.models.llama import HF_NAMES, LLaMA, LLaMAConfig
 from tests.inference.models import PROMPTS
 

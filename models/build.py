@@ -1,0 +1,195 @@
+"""`get_model`: from an architecture's name to a model that is spread over the ranks and filled.
+
+Everything that can be wrong with a request is said before a process group starts or a byte is read. It knows no
+architecture: those are in the registry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fms_parallel.checkpoint.export import save_weights
+from fms_parallel.checkpoint.load import load_weights
+from fms_parallel.distributed.start import Launch, pick_device
+from fms_parallel.errors import CheckpointError, ConfigError, LayoutError, unknown
+from fms_parallel.layout import ParallelLayout
+from fms_parallel.shape import ModelShape
+from fms_parallel.strategy.base import Strategy
+from fms_parallel.strategy.compose import compose, refuse_unimplemented
+from fms_parallel.strategy.materialise import initialise, materialise
+
+from .hf.pretrained import CONFIGURED, PRETRAINED, described
+from .registry import REGISTRY, Architecture, config_of, list_sources, replaced
+from .sources import check_described, open_native
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+def find_model(
+    architecture: str, variant: str | None, model_path: str | Path | None, overrides: dict[str, Any]
+) -> tuple[Architecture, Any]:
+    """The registered architecture and the config that a request means; errors as in `get_config`."""
+    if architecture not in (PRETRAINED, CONFIGURED):
+        known = REGISTRY.get(architecture)
+        return known, config_of(known, variant, overrides)
+    if variant is not None:
+        raise ConfigError(f"{architecture} has no variant {variant!r}: config.json gives every size; leave it out.")
+    known, config = described(map(REGISTRY.get, REGISTRY.names()), model_path)
+    return known, replaced(known, config, overrides)
+
+
+def get_config(
+    architecture: str, variant: str | None = None, model_path: str | Path | None = None, **overrides: Any
+) -> Any:
+    """A variant's config with some fields replaced.
+
+    Args:
+        architecture: a registered name; or `hf_pretrained` or `hf_configured`, which read model_path/config.json.
+    Raises:
+        ConfigError: unknown architecture, variant or field, with the nearest known name.
+    """
+    return find_model(architecture, variant, model_path, overrides)[1]
+
+
+def get_shape(architecture: str, variant: str | None = None, **overrides: Any) -> ModelShape:
+    """The sizes of a variant, without building it."""
+    shape: ModelShape = get_config(architecture, variant, **overrides).shape()
+    return shape
+
+
+def get_model(
+    architecture: str,
+    variant: str | None = None,
+    model_path: str | Path | None = None,
+    source: str | None = None,
+    device_type: str = "cpu",
+    data_type: str | torch.dtype | None = None,
+    distributed_strategy: str | ParallelLayout | Strategy | None = None,
+    checkpoint_sharding: str | None = None,
+    group: dist.ProcessGroup | None = None,
+    *,
+    seed: int = 0,
+    compile_blocks: bool = False,
+    fill: Callable[[nn.Module], None] | None = None,
+    **overrides: Any,
+) -> nn.Module:
+    """Build a model, spread it over the ranks, and fill it.
+
+    Args:
+        architecture: a registered name; or `hf_pretrained` (architecture and config from model_path/config.json) or
+            `hf_configured` (the same, with weights drawn from `seed`). variant: one of its variants; the first if None.
+        model_path: weights to load (a file, or a folder of them); None draws weights from `seed`.
+        source: whose keys and files these are: `hf`, `meta`, `native`; None finds out.
+        device_type: `cpu` or `cuda`. data_type: of the parameters (`fp32`, `bf16`, ... or a torch dtype); None is what
+            the layout's precision asks for.
+        distributed_strategy: None (one process), a layout string, a `ParallelLayout`, or a `Strategy` object.
+        checkpoint_sharding: None or `layer`: how the files are cut is read from them; another word is refused.
+        group: the ranks to spread over; only the whole world (None) is supported.
+        seed: of the initial weights: the same seed gives the same global weights in every layout.
+        compile_blocks: torch.compile each block.
+        fill: writes the weights instead, say from a training checkpoint.
+        overrides: config fields to replace.
+    Returns:
+        the module, holding this rank's shards, with `.config` and `.parallel`.
+    Raises:
+        ConfigError, LayoutError, CheckpointError: naming the number, the rule and the way out.
+    """
+    known, config = find_model(architecture, variant, model_path, overrides)
+    if architecture == CONFIGURED:
+        model_path = None
+    _check_request(known, model_path, source, checkpoint_sharding, group)
+    dtype = _dtype(data_type)
+    launch = Launch.read()
+    strategy = distributed_strategy if isinstance(distributed_strategy, Strategy) else None
+    layout = ParallelLayout() if strategy else _layout(distributed_strategy, launch)  # type: ignore[arg-type]
+    layout.validate(config.shape())
+    refuse_unimplemented(layout)
+    if model_path is not None:
+        check_described(known, config, Path(model_path))
+    if layout.world_size > 1 and not dist.is_initialized():
+        raise LayoutError(f"layout {str(layout)!r} needs {layout.world_size} ranks: start a process group first.")
+    device = pick_device(device_type, launch)
+    with torch.device("meta"):
+        model = known.build(config)
+    if fill is not None and model_path is not None:
+        raise ConfigError(f"model_path={str(model_path)!r} and fill both write the weights: give one of them.")
+    fill = fill or _filler(known, config, model_path, source, seed)
+    if strategy is not None:
+        model = strategy.distribute(model if dtype is None else model.to(dtype))
+        materialise(model, device)
+        fill(model)
+    else:
+        model = compose(model, layout, device=device, fill=fill, compile_blocks=compile_blocks, dtype=dtype)
+    model.architecture = known.name  # type: ignore[assignment]
+    return model
+
+
+def save_hf(model: nn.Module, folder: str | Path) -> None:
+    """Write a model of `get_model` as a Hugging Face folder (config.json and safetensors). Collective over all ranks.
+
+    Raises:
+        ConfigError: its architecture or a field of its config has no Hugging Face form.
+        CheckpointError: on every rank when any rank failed to write.
+    """
+    known = REGISTRY.get(getattr(model, "architecture", ""))
+    if known.to_hf is None or "hf" not in known.adapters:
+        raise ConfigError(f"{known.name} has no Hugging Face form.")
+    text = json.dumps(known.to_hf(model.config), indent=2)
+    save_weights(model, folder, known.adapters["hf"](model.config), extra_files={"config.json": text})
+
+
+def _layout(word: str | ParallelLayout | None, launch: Launch) -> ParallelLayout:
+    """None, and a `ParallelLayout` of one process, are one process whatever the launcher started."""
+    if word is None or word == "":
+        return ParallelLayout()
+    if isinstance(word, ParallelLayout) and set(word.degrees) == {1}:
+        return word
+    world = dist.get_world_size() if dist.is_initialized() else launch.world_size
+    return ParallelLayout.parse(word).resolve(world, launch.local_world_size)
+
+
+def _check_request(
+    known: Architecture,
+    model_path: str | Path | None,
+    source: str | None,
+    checkpoint_sharding: str | None,
+    group: dist.ProcessGroup | None,
+) -> None:
+    if source is not None and source not in list_sources(known.name):
+        raise ConfigError(unknown(f"source of {known.name}", source, list_sources(known.name)))
+    if source is not None and model_path is None:
+        raise ConfigError(f"source={source!r} without model_path: there is nothing to read.")
+    if model_path is not None and not Path(model_path).exists():
+        raise CheckpointError(f"{model_path}: no such file or folder.")
+    if checkpoint_sharding not in (None, "layer"):
+        raise ConfigError(
+            f"checkpoint_sharding={checkpoint_sharding!r}: not needed, each rank reads its own slices of any "
+            "files; leave it out."
+        )
+    if group is not None and group is not dist.group.WORLD:
+        raise ConfigError("group: only the whole world is supported; leave it out and choose a layout.")
+
+
+def _dtype(data_type: str | torch.dtype | None) -> torch.dtype | None:
+    if isinstance(data_type, str):
+        if data_type not in DTYPES:
+            raise ConfigError(unknown("data_type", data_type, DTYPES))
+        return DTYPES[data_type]
+    return data_type
+
+
+def _filler(
+    known: Architecture, config: Any, model_path: str | Path | None, source: str | None, seed: int
+) -> Callable[[nn.Module], None]:
+    """What writes the parameters: a checkpoint's reader, or the seed."""
+    if model_path is None:
+        return lambda model: initialise(model, seed)
+    tensors = open_native(known, config, Path(model_path), source)
+    return lambda model: load_weights(model, tensors, source=str(model_path))
