@@ -105,7 +105,7 @@ def get_model(
     if architecture == CONFIGURED:
         model_path = None
     _check_request(known, model_path, source, checkpoint_sharding, group)
-    dtype = _dtype(data_type)
+    dtype = dtype_of(data_type)
     launch = Launch.read()
     strategy = distributed_strategy if isinstance(distributed_strategy, Strategy) else None
     layout = ParallelLayout() if strategy else _layout(distributed_strategy, launch)  # type: ignore[arg-type]
@@ -177,7 +177,8 @@ def _check_request(
         raise ConfigError("group: only the whole world is supported; leave it out and choose a layout.")
 
 
-def _dtype(data_type: str | torch.dtype | None) -> torch.dtype | None:
+def dtype_of(data_type: str | torch.dtype | None) -> torch.dtype | None:
+    """A torch dtype by its short name; None stays None."""
     if isinstance(data_type, str):
         if data_type not in DTYPES:
             raise ConfigError(unknown("data_type", data_type, DTYPES))

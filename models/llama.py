@@ -220,15 +220,29 @@ class LLaMA(nn.Module):
             ConfigError: more positions than `max_positions`.
         """
         batch, length = input_ids.shape
+        if positions is None:
+            positions = torch.arange(first_position, first_position + length, device=input_ids.device)
+        seq = self.sequences(batch, length, positions, first_position, mask=mask, cache=cache, dropout=dropout)
+        x = self.enter(input_ids, seq)
+        for block in self.layers:
+            x = block(x, seq)
+        return self.leave(x, seq, labels, last)
+
+    # The parts of a forward, which a pipeline stage runs one by one.
+
+    def sequences(self, batch: int, length: int, positions: Tensor, first_position: int = 0, **more: Any) -> Sequences:
+        """What every block is told; arguments as of `forward`."""
         end = first_position + length
         if end > self.config.max_positions:
             raise ConfigError(f"position {end} is beyond max_positions={self.config.max_positions} of this model.")
-        if positions is None:
-            positions = torch.arange(first_position, end, device=input_ids.device)
-        seq = Sequences(batch, length, self.rotary.tables(positions, end), mask, cache, dropout)
-        x = self.embedding_dropout(self.embedding(input_ids), seq)
-        for block in self.layers:
-            x = block(x, seq)
+        return Sequences(batch, length, self.rotary.tables(positions, end), **more)
+
+    def enter(self, input_ids: Tensor, seq: Sequences) -> Tensor:
+        """Ids `[B, S]` -> what the first block reads."""
+        return self.embedding_dropout(self.embedding(input_ids), seq)
+
+    def leave(self, x: Tensor, seq: Sequences, labels: Tensor | None = None, last: int | None = None) -> Tensor:
+        """What the last block made -> logits or loss."""
         return self.head(self.norm(x), seq, labels, last)
 
 
@@ -296,8 +310,8 @@ def hf_adapter(config: LLaMAConfig) -> Adapter:
     return Adapter("hf", (Drop(("*.rotary_emb.inv_freq",)), Rename(HF_NAMES), *stored_form(config)))
 
 
-def stored_form(config: LLaMAConfig) -> tuple[Step, ...]:
-    """From separate tensors to those that the module holds."""
+def stored_form(config: LLaMAConfig, tied_once: bool = True) -> tuple[Step, ...]:
+    """From separate tensors to those that the module holds; a format writes tied ones once, or under both names."""
     attention, ffn = "layers.{n}.attention.", "layers.{n}.feed_forward."
     steps: list[Step] = []
     if config.fused:
@@ -305,7 +319,7 @@ def stored_form(config: LLaMAConfig) -> tuple[Step, ...]:
         steps.append(GroupQKV(q, k, v, f"{attention}qkv.{{kind}}", config.heads, config.k, config.d))
         steps.append(Stack((f"{ffn}gate.{{kind}}", f"{ffn}up.{{kind}}"), f"{ffn}gate_up.{{kind}}"))
     if config.tied:
-        steps.append(Tied("head.weight", "embedding.weight"))
+        steps.append(Tied("head.weight", "embedding.weight", tied_once))
     return tuple(steps)
 
 
@@ -390,7 +404,7 @@ register_model(
         name="llama",
         build=LLaMA,
         variants=VARIANTS,
-        adapters={"hf": hf_adapter, "meta": lambda config: meta_adapter(config, stored_form(config))},
+        adapters={"hf": hf_adapter, "meta": lambda config: meta_adapter(config, stored_form(config, tied_once=False))},
         files={"meta": meta_files},
         from_hf=config_from_hf,
         to_hf=config_to_hf,

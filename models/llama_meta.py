@@ -145,7 +145,7 @@ def _ffn_words(config: LLaMAConfig) -> tuple[float | None, int]:
         return None, _ROUNDING
     rounding = next(r for r in (_ROUNDING, 64, 16, 4, 1) if config.ffn_width % r == 0)
     multiplier = config.ffn_width / int(2 * (4 * config.width) / 3)
-    for factor in (multiplier, round(multiplier, 1), multiplier * (1 + 1e-12)):
+    for factor in (multiplier, multiplier * (1 + 1e-12)):  # the second where rounding fell short of an integer
         if _ffn_width(config.width, factor, rounding) == config.ffn_width:
             return factor, rounding
     raise ConfigError(f"ffn_width={config.ffn_width} is none that Meta's code can compute from width={config.width}.")

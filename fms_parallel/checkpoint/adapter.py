@@ -135,13 +135,17 @@ class Rename:
 
 @dataclass(frozen=True)
 class Tied:
-    """`alias` and `source` are one tensor; the format writes it once, under `source`. Both are native names.
+    """`alias` and `source` are one tensor. Both are native names.
 
     The step belongs to the adapter of a model whose config ties them.
+
+    Attributes:
+        once: the format writes it once, under `source`; otherwise under both names.
     """
 
     alias: str
     source: str
+    once: bool = True
 
     def to_native(self, tensors: Tensors) -> Tensors:
         """Both names. When the file has both, reading either compares them."""
@@ -153,8 +157,10 @@ class Tied:
         return {**tensors, self.source: one, self.alias: one}
 
     def from_native(self, tensors: Tensors) -> Tensors:
-        """`source` only."""
+        """`source` only, or both."""
         one, other = tensors.get(self.alias), tensors.get(self.source)
+        if not self.once:
+            return {**tensors, **dict.fromkeys((self.source, self.alias), other or one)}  # type: ignore[dict-item]
         if one is not None and other is not None and one is not other:
             raise CheckpointError(f"{self.alias} and {self.source} are two tensors, but the format has room for one.")
         return {self.source if key == self.alias else key: t for key, t in tensors.items()}

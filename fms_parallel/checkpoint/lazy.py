@@ -236,6 +236,17 @@ class RotaryPermuted(LazyTensor):
         return permuted[first - start : first - start + count]
 
 
+class Cast(LazyTensor):
+    """The same values in another dtype, rounded where it is narrower."""
+
+    def __init__(self, inner: LazyTensor, dtype: torch.dtype) -> None:
+        super().__init__(inner.shape, dtype)
+        self.inner = inner
+
+    def _read(self, box: Box) -> Tensor:
+        return self.inner.read(box).to(self.dtype)
+
+
 class Agreeing(LazyTensor):
     """Copies of one tensor, as a file that writes tied weights under each of their names has them.
 

@@ -292,12 +292,16 @@ class _Step:
 
     def block_parameters(self) -> Array:
         """Parameters of one block on one rank, gathered."""
-        return memory._States(self.model.shape, self.columns, self.model.software, self.model.experts).block()
+        return self.states().block()
 
     def rank_parameters(self, rank: Array) -> Array:
         """Parameters of the fullest rank, gathered: its blocks and one table."""
-        states = memory._States(self.model.shape, self.columns, self.model.software, self.model.experts)
+        states = self.states()
         return rank * states.block() + states.table()
+
+    def states(self) -> memory.States:
+        """Who counts parameters."""
+        return memory.States(self.model.shape, self.columns, self.model.software, self.model.experts)
 
     def sharded(self, rank: Array, again: Array) -> Array:
         """Seconds that fsdp's gathers and reductions stick out behind the computation of each block."""
@@ -311,7 +315,9 @@ class _Step:
         once = np.maximum(gather - forward, 0.0) + np.maximum(gather - backward, 0.0)
         ending = np.maximum(gather + reduce - backward, 0.0) - np.maximum(gather - backward, 0.0)
         tables = 2 * gather / np.maximum(size, 1) * self.rank_parameters(np.zeros_like(rank))
-        return np.where(c.fsdp > 1, rank * (c.count * once + ending) + tables + reduce, 0.0)
+        # In a pipeline a stage is gathered once and kept; only the first gather and the reductions are in the way.
+        times = np.where(c.pp > 1, 1, c.count)
+        return np.where(c.fsdp > 1, rank * (times * once + ending) + tables + reduce, 0.0)
 
     def replicas(self, rank: Array, plain: Array) -> Array:
         """Seconds of averaging gradients over dp that the last micro-batch's backward pass does not hide."""

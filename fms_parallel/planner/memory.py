@@ -72,7 +72,7 @@ def peak(
 ) -> Memory:
     """Memory of the fullest rank. `blocks`: of the first rank and of the last one, over all their stages."""
     tokens = tokens_of(columns, sequence)
-    states = _States(shape, columns, software, experts)
+    states = States(shape, columns, software, experts)
     first = states.rank(blocks[0], embedding=True, head=columns.pp == 1)
     last = states.rank(blocks[1], embedding=(columns.pp == 1), head=np.ones(len(columns), dtype=bool))
     per_token = activation_bytes_per_token(shape, columns, sequence, software) * software.fragmentation
@@ -108,7 +108,7 @@ def _reserve(columns: Columns, software: Software) -> Array:
 
 
 @dataclass(frozen=True)
-class _States:
+class States:
     """Parameters, gradients, optimizer state and gathered copies of one rank."""
 
     shape: ModelShape
@@ -125,7 +125,7 @@ class _States:
         over_dp = np.where(c.zero >= 1, c.dp, 1)
         kept = np.where(c.offload == OFFLOADS.index("params"), 0.0, 1.0)
         state = np.where(c.offload >= OFFLOADS.index("optimizer_state"), 0.0, 1.0)
-        waiting = (c.fsdp > 1) & (c.pp == 1) & (c.count > 1)
+        waiting = (c.fsdp > 1) & (c.count > 1)
         gradients = np.where(waiting, s.gradient_bytes, s.gradient_bytes / shards / np.where(c.zero >= 2, c.dp, 1))
         return (
             whole * s.parameter_bytes / shards * kept,
@@ -135,11 +135,16 @@ class _States:
         )
 
     def gathered(self, whole: Array) -> Array:
-        """Copies in the working precision: of two blocks with fsdp, of everything where states are wider without."""
+        """Copies in the working precision: of two blocks with fsdp, of everything where states are wider without.
+
+        A pipeline gathers its stage once per step and keeps it, and gradients of all but the last micro-batch wait
+        whole on their rank (both as torch's pipeline runtime does with FSDP2).
+        """
         c, s = self.columns, self.software
         wider = s.parameter_bytes > s.working_bytes
         two_blocks = 2 * self.block() * (s.working_bytes + s.reduce_bytes / 2) + 2 * self.table() * s.working_bytes
-        return np.where(c.fsdp > 1, two_blocks, whole * s.working_bytes * wider)
+        kept = whole * s.working_bytes
+        return np.where(c.fsdp > 1, np.where(c.pp > 1, kept, np.minimum(two_blocks, kept)), kept * wider)
 
     def block(self) -> Array:
         """Parameters of one block on one rank, gathered: matrices over tp, norms whole."""

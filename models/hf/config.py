@@ -114,6 +114,11 @@ def _kind(words: Mapping[str, Any]) -> str:
     return str(words.get("rope_type") or words.get("type") or "default")
 
 
+def hf_activation(name: str) -> str:
+    """Our name of an activation as transformers spells it."""
+    return {"gelu_tanh": "gelu_pytorch_tanh"}.get(name, name)
+
+
 def read_config_json(folder: Path) -> dict[str, Any] | None:
     """The folder's config.json; None and errors as in `read_json`."""
     return read_json(folder / "config.json")

@@ -30,7 +30,7 @@ from fms_parallel.distributed.mesh import build_mesh, shard_mesh, tp_axis
 from fms_parallel.distributed.start import process_group
 from fms_parallel.layout import ParallelLayout
 
-LAYOUTS = ("tp=2", "fsdp=2")
+LAYOUTS = ("tp=2", "tp=2", "tp=2", "fsdp=2")
 """Of the rounds, in turn."""
 
 AT_ONCE = 3
