@@ -19,6 +19,7 @@ from math import prod
 from typing import Any
 
 from fms_parallel.errors import LayoutError, unknown
+from fms_parallel.schedules import SCHEDULES
 from fms_parallel.shape import ModelShape
 
 AXES = ("pp", "dp", "fsdp", "cp", "tp")
@@ -27,7 +28,6 @@ AXES = ("pp", "dp", "fsdp", "cp", "tp")
 REST = 0
 """A degree still open: the ranks that the other axes leave. `resolve` replaces it."""
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev")
 CP_METHODS = ("ring", "allgather", "ulysses")
 PRECISIONS = ("fp32", "bf16", "fp64")
 OFFLOADS = ("none", "params", "optimizer_state", "optimizer_step")
@@ -110,11 +110,10 @@ class ParallelLayout:
                 value = getattr(self, name)
                 if value != _DEFAULTS[name]:
                     raise LayoutError(f"{_word(name, value)} with pp=1: it belongs to a pipeline; add pp=N or drop it.")
-        stages = self.pp * self.virtual_stages
-        if self.stage_split is not None and self.pp != REST and len(self.stage_split) != stages:
+        if self.stage_split is not None and self.pp != REST and len(self.stage_split) != self.stages:
             raise LayoutError(
                 f"{_word('stage_split', self.stage_split)}: pp={self.pp} with virtual_stages={self.virtual_stages} "
-                f"needs {stages} numbers, one for each stage."
+                f"needs {self.stages} numbers, one for each stage."
             )
 
     # ---- what others ask it -------------------------------------------------------------------------------------
@@ -134,6 +133,16 @@ class ParallelLayout:
         """Ranks that the layout needs. Raises LayoutError while a degree is still open."""
         self._refuse_open_degrees()
         return prod(self.degrees)
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages over all ranks; interleaving and v-shaped schedules have at least two per rank."""
+        return self.pp * max(self.virtual_stages, SCHEDULES[self.schedule].stages_per_rank if self.pp > 1 else 1)
+
+    @property
+    def pieces(self) -> int:
+        """Micro-batches that a pipeline works on a step's rows in: `microbatches`, or as many as there are stages."""
+        return self.microbatches if self.microbatches > 1 else self.stages
 
     @property
     def data_parallel(self) -> int:
@@ -277,12 +286,14 @@ class ParallelLayout:
                 f"tp={self.tp} with {shape.kv_heads} kv heads: one must divide the other, because kv heads are split "
                 f"or copied. Use tp in {_tp_degrees(shape)}."
             )
-        stages = self.pp * self.virtual_stages
-        if stages > shape.layers:
+        if self.stages > shape.layers:
             raise LayoutError(
-                f"{stages} pipeline stages (pp={self.pp} * virtual_stages={self.virtual_stages}) for {shape.layers} "
-                f"blocks: each stage needs one; use at most {shape.layers} stages."
+                f"{self.stages} pipeline stages (pp={self.pp} * virtual_stages={self.stages // self.pp}) for "
+                f"{shape.layers} blocks: each stage needs one; use at most {shape.layers} stages."
             )
+        refusal = SCHEDULES[self.schedule].refusal(self.pieces, self.pp, self.stages) if self.pp > 1 else None
+        if refusal is not None:
+            raise LayoutError(f"schedule={self.schedule} with pp={self.pp}: {refusal}.")
         if self.stage_split is not None and sum(self.stage_split) != shape.layers:
             raise LayoutError(
                 f"{_word('stage_split', self.stage_split)} adds up to {sum(self.stage_split)} blocks but the model has "

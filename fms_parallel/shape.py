@@ -25,6 +25,7 @@ class ModelShape:
         learned_positions: a table `[max_positions, E]` is a parameter.
         norm_bias: LayerNorm (weight and bias) instead of RMSNorm (weight only).
         qk_norm: a norm weight `[D]` on queries and one on keys.
+        other: parameters outside the blocks that none of the above counts (token types, a classifier).
     """
 
     layers: int
@@ -42,6 +43,7 @@ class ModelShape:
     learned_positions: bool = False
     norm_bias: bool = False
     qk_norm: bool = False
+    other: int = 0
 
     @property
     def attention_parameters(self) -> int:
@@ -72,7 +74,7 @@ class ModelShape:
         """Unique parameters of the whole model (a tied head counts once)."""
         tables = self.vocab * self.width * (1 if self.tied else 2)
         positions = self.max_positions * self.width if self.learned_positions else 0
-        return tables + positions + self.layers * self.block_parameters + self.norm_parameters
+        return tables + positions + self.layers * self.block_parameters + self.norm_parameters + self.other
 
     def flops_per_token(self, sequence: int, *, causal: bool = True, training: bool = True) -> int:
         """Floating-point operations that one token costs in a sequence of `sequence` tokens.

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement
 
-from fms_parallel.checkpoint.adapter import Adapter, Drop, GroupQKV, Rename, Stack, Step, Tied
 from fms_parallel.errors import ConfigError
 from fms_parallel.modules.attention import Attention, AttentionShape
 from fms_parallel.modules.dropout import Dropout
@@ -27,13 +26,14 @@ from fms_parallel.modules.sequences import DropoutKey, KVStore, Sequences
 from fms_parallel.modules.tp import TPModule
 from fms_parallel.shape import ModelShape
 
-from .hf.config import HFFields
+from .hf.llama import BIASES, hf_adapter, read_fields, stored_form, written_fields
 from .llama_meta import config_from_meta, config_to_meta, meta_adapter, meta_files
 from .registry import Architecture, register_model
+from .sized import Sized
 
 
 @dataclass(frozen=True)
-class LLaMAConfig:
+class LLaMAConfig(Sized):
     """Sizes and switches of one LLaMA.
 
     Attributes:
@@ -114,17 +114,25 @@ class LLaMAConfig:
             qk_norm=self.qk_norm,
         )
 
-    def parameters(self) -> int:
-        """Unique parameters."""
-        return self.shape().parameters()
+    @property
+    def out_std(self) -> float:
+        """Of the initial weights that write to the residual."""
+        return self.std / sqrt(2 * self.layers)
 
-    def flops_per_token(self, sequence: int) -> int:
-        """Forward and backward, see `ModelShape.flops_per_token`."""
-        return self.shape().flops_per_token(sequence)
-
-    def activation_bytes(self, batch: int, sequence: int, **cut: Any) -> int:
-        """Kept for the backward pass, see `ModelShape.activation_bytes`."""
-        return self.shape().activation_bytes(batch, sequence, **cut)
+    def attention_shape(self) -> AttentionShape:
+        """Sizes and switches of every block's attention."""
+        return AttentionShape(
+            self.width,
+            self.heads,
+            self.k,
+            self.d,
+            qkv_bias=self.attention_bias,
+            out_bias=self.attention_bias,
+            fused=self.fused,
+            qk_norm_eps=self.norm_eps if self.qk_norm else None,
+            std=self.std,
+            out_std=self.out_std,
+        )
 
 
 class LLaMABlock(nn.Module):
@@ -132,33 +140,24 @@ class LLaMABlock(nn.Module):
 
     def __init__(self, config: LLaMAConfig, layer: int) -> None:
         super().__init__()
-        out_std = config.std / sqrt(2 * config.layers)
-        shape = AttentionShape(
-            config.width,
-            config.heads,
-            config.k,
-            config.d,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
-            fused=config.fused,
-            qk_norm_eps=config.norm_eps if config.qk_norm else None,
-            std=config.std,
-            out_std=out_std,
-        )
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = Attention(shape, layer)
+        self.attention = Attention(config.attention_shape(), layer)
         self.attention_dropout = Dropout(config.dropout, salt=2 * layer + 1)
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
-        self.feed_forward = FeedForward(
+        self.feed_forward = self.make_feed_forward(config)
+        self.ffn_dropout = Dropout(config.dropout, salt=2 * layer + 2)
+
+    def make_feed_forward(self, config: LLaMAConfig) -> nn.Module:
+        """What turns `[B, S, E]` into what the block's second half adds."""
+        return FeedForward(
             config.width,
             config.ffn_width,
             config.activation,
             bias=config.ffn_bias,
             fused=config.fused,
             std=config.std,
-            out_std=out_std,
+            out_std=config.out_std,
         )
-        self.ffn_dropout = Dropout(config.dropout, salt=2 * layer + 2)
 
     def forward(self, x: Tensor, seq: Sequences) -> Tensor:
         """`[B, S, E]` -> `[B, S, E]`."""
@@ -182,13 +181,15 @@ class TPLLaMABlock(TPModule, LLaMABlock):
 class LLaMA(nn.Module):
     """Embedding, L blocks, norm, head."""
 
+    block: type[LLaMABlock] = LLaMABlock
+
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
         self.config = config
         self.rotary = config.rotary
         self.embedding = Embedding(config.vocab_size, config.width, config.std)
         self.embedding_dropout = Dropout(config.dropout)
-        self.layers = nn.ModuleList(LLaMABlock(config, layer) for layer in range(config.layers))
+        self.layers = nn.ModuleList(self.block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = Head(config.vocab_size, config.width, config.std)
         if config.tied:
@@ -229,6 +230,11 @@ class LLaMA(nn.Module):
         return self.leave(x, seq, labels, last)
 
     # The parts of a forward, which a pipeline stage runs one by one.
+
+    @property
+    def activation_width(self) -> int:
+        """E."""
+        return self.config.width
 
     def sequences(self, batch: int, length: int, positions: Tensor, first_position: int = 0, **more: Any) -> Sequences:
         """What every block is told; arguments as of `forward`."""
@@ -284,119 +290,17 @@ VARIANTS = {
 }
 
 
-# ---- Hugging Face keys and config -------------------------------------------------------------------------------
-
-HF_NAMES = (
-    ("model.embed_tokens.weight", "embedding.weight"),
-    ("model.norm.weight", "norm.weight"),
-    ("lm_head.weight", "head.weight"),
-    ("model.layers.{n}.input_layernorm.weight", "layers.{n}.attention_norm.weight"),
-    ("model.layers.{n}.post_attention_layernorm.weight", "layers.{n}.ffn_norm.weight"),
-    ("model.layers.{n}.self_attn.q_proj.{kind}", "layers.{n}.attention.query.{kind}"),
-    ("model.layers.{n}.self_attn.k_proj.{kind}", "layers.{n}.attention.key.{kind}"),
-    ("model.layers.{n}.self_attn.v_proj.{kind}", "layers.{n}.attention.value.{kind}"),
-    ("model.layers.{n}.self_attn.o_proj.{kind}", "layers.{n}.attention.out.{kind}"),
-    ("model.layers.{n}.self_attn.q_norm.weight", "layers.{n}.attention.query_norm"),
-    ("model.layers.{n}.self_attn.k_norm.weight", "layers.{n}.attention.key_norm"),
-    ("model.layers.{n}.mlp.gate_proj.{kind}", "layers.{n}.feed_forward.gate.{kind}"),
-    ("model.layers.{n}.mlp.up_proj.{kind}", "layers.{n}.feed_forward.up.{kind}"),
-    ("model.layers.{n}.mlp.down_proj.{kind}", "layers.{n}.feed_forward.down.{kind}"),
-)
-"""Both keep rotary pairs half-split, so nothing is permuted."""
-
-
-def hf_adapter(config: LLaMAConfig) -> Adapter:
-    """Between Hugging Face's keys and ours."""
-    return Adapter("hf", (Drop(("*.rotary_emb.inv_freq",)), Rename(HF_NAMES), *stored_form(config)))
-
-
-def stored_form(config: LLaMAConfig, tied_once: bool = True) -> tuple[Step, ...]:
-    """From separate tensors to those that the module holds; a format writes tied ones once, or under both names."""
-    attention, ffn = "layers.{n}.attention.", "layers.{n}.feed_forward."
-    steps: list[Step] = []
-    if config.fused:
-        q, k, v = (f"{attention}{name}.{{kind}}" for name in ("query", "key", "value"))
-        steps.append(GroupQKV(q, k, v, f"{attention}qkv.{{kind}}", config.heads, config.k, config.d))
-        steps.append(Stack((f"{ffn}gate.{{kind}}", f"{ffn}up.{{kind}}"), f"{ffn}gate_up.{{kind}}"))
-    if config.tied:
-        steps.append(Tied("head.weight", "embedding.weight", tied_once))
-    return tuple(steps)
-
-
-_HF_FIELDS = {  # ours -> theirs
-    "vocab_size": "vocab_size",
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "ffn_width": "intermediate_size",
-    "max_positions": "max_position_embeddings",
-    "activation": "hidden_act",
-    "norm_eps": "rms_norm_eps",
-}
+# ---- checkpoints ------------------------------------------------------------------------------------------------
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> LLaMAConfig:
-    """The config that a Hugging Face `config.json` of model type `llama` describes.
-
-    Raises:
-        ConfigError: another model type, a field that is missing, or one that is not supported.
-    """
-    if raw.get("model_type") != "llama":
-        raise ConfigError(f"config.json is of model_type {raw.get('model_type')!r}, not 'llama'.")
-    fields = HFFields(raw)
-    rope = fields.rope()
-    config = LLaMAConfig(
-        **{ours: fields.take(theirs) for ours, theirs in _HF_FIELDS.items()},
-        kv_heads=fields.take("num_key_value_heads", None),
-        head_width=fields.take("head_dim", None),
-        tied=fields.take("tie_word_embeddings", False),
-        attention_bias=fields.take("attention_bias", False),
-        ffn_bias=fields.take("mlp_bias", False),
-        rope_base=rope.base,
-        rope_scaling=rope.kind,
-        rope_options=rope.options,
-        rope_partial=rope.partial,
-        std=fields.take("initializer_range", 0.02),
-        bos_id=fields.token_id("bos_token_id"),
-        eos_id=fields.token_id("eos_token_id"),
-        pad_id=fields.token_id("pad_token_id"),
-    )
-    fields.finish()
-    return config
+    """The config that a Hugging Face `config.json` of model type `llama` describes; errors of `read_fields`."""
+    return LLaMAConfig(**read_fields(raw, "llama", BIASES))
 
 
 def config_to_hf(config: LLaMAConfig) -> dict[str, Any]:
-    """The `config.json` under which transformers computes what we compute; rotary positions in both spellings.
-
-    Raises:
-        ConfigError: a field that transformers' LLaMA cannot express.
-    """
-    inexpressible = {
-        "qk_norm": config.qk_norm,
-        "rope_scaling=ntk": config.rope_scaling == "ntk",
-        "rope_original": config.rope_original not in (None, config.max_positions),
-        "rope_partial": config.rope_partial != 1.0,
-    }
-    if words := [word for word, used in inexpressible.items() if used]:
-        raise ConfigError(f"transformers' LLaMA has no {', '.join(words)}: save as native weights instead.")
-    scaling = None if config.rope_scaling == "default" else {"rope_type": config.rope_scaling, **config.rope_options}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **{theirs: getattr(config, ours) for ours, theirs in _HF_FIELDS.items()},
-        "num_key_value_heads": config.k,
-        "head_dim": config.d,
-        "tie_word_embeddings": config.tied,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.ffn_bias,
-        "rope_theta": config.rope_base,
-        "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": config.rope_base, **(scaling or {"rope_type": "default"})},
-        "initializer_range": config.std,
-        "bos_token_id": config.bos_id,
-        "eos_token_id": config.eos_id,
-        "pad_token_id": config.pad_id,
-    }
+    """The `config.json` under which transformers computes what we compute; errors of `written_fields`."""
+    return written_fields(config, "llama", "LlamaForCausalLM", BIASES)
 
 
 register_model(

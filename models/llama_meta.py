@@ -47,18 +47,18 @@ def meta_adapter(config: LLaMAConfig, stored: tuple[Step, ...]) -> Adapter:
 
 def meta_files(config: LLaMAConfig) -> MetaFiles:
     """How Meta's files cut these tensors."""
-    rows = ("output.weight", *(f"layers.{{n}}.attention.{name}.weight" for name in ("wq", "wk", "wv")))
-    rows += tuple(f"layers.{{n}}.feed_forward.{name}.weight" for name in ("w1", "w3"))
-    columns = ("layers.{n}.attention.wo.weight", "layers.{n}.feed_forward.w2.weight")
-    whole = ("norm.weight", "layers.{n}.attention_norm.weight", "layers.{n}.ffn_norm.weight", "rope.freqs")
-    whole += ("layers.{n}.attention.inner_attention.rope.freqs",)
+    attention, ffn = "layers.{n}.attention.", "layers.{n}.feed_forward."
+    rows = ("output.weight", *(f"{attention}w{x}.weight" for x in "qkv"), *(f"{ffn}w{x}.weight" for x in "13"))
+    columns = (f"{attention}wo.weight", f"{ffn}w2.weight")
+    norms = ("norm.weight", "layers.{n}.attention_norm.weight", "layers.{n}.ffn_norm.weight")
+    tables = ("rope.freqs", f"{attention}inner_attention.rope.freqs")
     embedding = (0, 1) if config.vocab_size >= LLAMA3_VOCABULARY else (1, 0)
     return MetaFiles(
         (
             Cut("tok_embeddings.weight", embedding, (config.vocab_size, config.width)),
             *(Cut(key, (0,)) for key in rows),
             *(Cut(key, (1,)) for key in columns),
-            *(Cut(key) for key in whole),
+            *(Cut(key) for key in (*norms, *tables)),
         ),
         most=config.k,
     )
@@ -99,7 +99,11 @@ def config_from_meta(params: Mapping[str, Any], asked: LLaMAConfig) -> LLaMAConf
         ffn_width=_ffn_width(params["dim"], params.get("ffn_dim_multiplier"), params["multiple_of"]),
         vocab_size=asked.vocab_size if vocabulary == -1 else vocabulary,
         rope_base=float(params.get("rope_theta") or 10000.0),
-        **{"activation": "silu", "qk_norm": False, "attention_bias": False, "ffn_bias": False, "rope_partial": 1.0},
+        activation="silu",
+        qk_norm=False,
+        attention_bias=False,
+        ffn_bias=False,
+        rope_partial=1.0,
     )
 
 

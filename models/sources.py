@@ -40,11 +40,9 @@ def open_native(known: Architecture, config: Any, path: Path, source: str | None
     return tensors if source == "native" else known.adapters[source](config).to_native(tensors)
 
 
-def _open(
-    known: Architecture, config: Any, path: Path, source: str | None
-) -> tuple[dict[str, LazyTensor], str | None]:
+def _open(known: Architecture, config: Any, path: Path, source: str | None) -> tuple[dict[str, LazyTensor], str | None]:
     """The tensors under their own keys, and the source where its files tell."""
-    if source in known.files:
+    if source is not None and source in known.files:
         return known.files[source](config).open(path), source
     if source is None:
         fitting = [name for name, files in known.files.items() if files(config).fits(path)]
@@ -127,7 +125,9 @@ def _same(name: str, one: Any, other: Any) -> bool:
 # ---- back out ---------------------------------------------------------------------------------------------------
 
 
-def whole_model(known: Architecture, config: Any, tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTensor]:
+def whole_model(
+    known: Architecture, config: Any, tensors: Mapping[str, LazyTensor], where: str
+) -> dict[str, LazyTensor]:
     """Native tensors that are a whole model: in its order, tied ones once.
 
     Raises:

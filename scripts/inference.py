@@ -31,11 +31,13 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--run_folder", help="folder of a training run: gives architecture, tokenizer and newest checkpoint"
     )
-    model.add_argument("--architecture", default="llama", help="(default: %(default)s)")
-    model.add_argument("--variant", default="micro", help="(default: %(default)s)")
+    model.add_argument(
+        "--architecture", default="llama", help="hf_pretrained: what model_path/config.json says (default: %(default)s)"
+    )
+    model.add_argument("--variant", help="(default: the architecture's first)")
     model.add_argument("--override", action="append", default=[], metavar="FIELD=VALUE", help="replace a config field")
     model.add_argument("--model_path", help="safetensors file or folder")
-    model.add_argument("--checkpoint_format", help="whose keys --model_path has: hf, native (default: found out)")
+    model.add_argument("--checkpoint_format", help="whose keys --model_path has: hf, meta, native (default: found out)")
     model.add_argument("--tokenizer", help="char or a file (default: the run's, else char)")
     model.add_argument("--distributed", help='the layout, such as "tp=2"; without it one process')
     model.add_argument("--device_type", default="cpu", choices=("cpu", "cuda"))
@@ -95,7 +97,7 @@ def generate_with(args: argparse.Namespace, layout: ParallelLayout, overrides: d
     from fms_parallel.tokenizers import check_vocab, get_tokenizer
 
     tokenizer = get_tokenizer(args.tokenizer or "char")
-    config = get_config(args.architecture, args.variant, **overrides)
+    config = get_config(args.architecture, args.variant, args.model_path, **overrides)
     check_vocab(tokenizer, config.vocab_size)
     layout.validate(config.shape())
     checkpoint = None if args.run_folder is None else newest_checkpoint(Path(args.run_folder))

@@ -125,7 +125,6 @@ class Rename:
             templates_alike(source, target)
 
     def to_native(self, tensors: Tensors) -> Tensors:
-        """Every key by its rule."""
         return _renamed(tensors, [(Template(theirs), Template(ours)) for theirs, ours in self.rules])
 
     def from_native(self, tensors: Tensors) -> Tensors:
@@ -135,12 +134,9 @@ class Rename:
 
 @dataclass(frozen=True)
 class Tied:
-    """`alias` and `source` are one tensor. Both are native names.
+    """`alias` and `source` (native names) are one tensor: the step of a model whose config ties them.
 
-    The step belongs to the adapter of a model whose config ties them.
-
-    Attributes:
-        once: the format writes it once, under `source`; otherwise under both names.
+    The format writes it `once`, under `source`, or under both names.
     """
 
     alias: str
@@ -157,7 +153,7 @@ class Tied:
         return {**tensors, self.source: one, self.alias: one}
 
     def from_native(self, tensors: Tensors) -> Tensors:
-        """`source` only, or both."""
+        """`source`, or both."""
         one, other = tensors.get(self.alias), tensors.get(self.source)
         if not self.once:
             return {**tensors, **dict.fromkeys((self.source, self.alias), other or one)}  # type: ignore[dict-item]
@@ -350,11 +346,9 @@ class PermuteRotary:
     head_width: int
 
     def to_native(self, tensors: Tensors) -> Tensors:
-        """Half-split rows."""
         return self._permuted(tensors, to_halves=True)
 
     def from_native(self, tensors: Tensors) -> Tensors:
-        """Interleaved rows."""
         return self._permuted(tensors, to_halves=False)
 
     def _permuted(self, tensors: Tensors, to_halves: bool) -> Tensors:

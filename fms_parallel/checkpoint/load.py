@@ -5,7 +5,7 @@ It knows modules and lazy tensors; it knows no formats (an adapter has renamed t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from fms_parallel.checkpoint.slots import Slot, slots_of
 from fms_parallel.checkpoint.words import refuse_misfits
 from fms_parallel.distributed.boxes import local_tensor
 from fms_parallel.errors import CheckpointError
+from fms_parallel.strategy.base import parallel_of
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, LazyTensor], *, source: str) -> None:
@@ -31,7 +32,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, LazyTensor], *, source:
             model on the meta device; tied weights that differ; a file that can no longer be read.
     """
     slots = slots_of(model)
-    matched = _match(slots, tensors, source)
+    matched = _match(slots, tensors, source, parallel_of(model).elsewhere)
     with torch.no_grad():
         for slot, tensor in zip(slots, matched, strict=True):
             try:
@@ -40,8 +41,10 @@ def load_weights(model: nn.Module, tensors: Mapping[str, LazyTensor], *, source:
                 raise CheckpointError(f"{source}: {' = '.join(slot.names)}: {error}") from error
 
 
-def _match(slots: Sequence[Slot], tensors: Mapping[str, LazyTensor], source: str) -> list[LazyTensor]:
-    """The tensor of each slot, or one error with everything that does not fit."""
+def _match(
+    slots: Sequence[Slot], tensors: Mapping[str, LazyTensor], source: str, elsewhere: Collection[str]
+) -> list[LazyTensor]:
+    """The tensor of each slot, or one error with everything that does not fit; `elsewhere` are other stages' names."""
     names = {name for slot in slots for name in slot.names}
     missing: list[str] = []
     unfit: list[str] = []
@@ -60,6 +63,6 @@ def _match(slots: Sequence[Slot], tensors: Mapping[str, LazyTensor], source: str
             matched += copies
         elif not unfit and copies:
             matched.append(Agreeing(copies))
-    extra = [name for name in tensors if name not in names]
+    extra = [name for name in tensors if name not in names and name not in elsewhere]
     refuse_misfits(source, {"missing": missing, "extra": extra, "of the wrong shape or type": unfit})
     return matched

@@ -83,7 +83,9 @@ class MetaFiles:
     def _check_keys(self, files: Sequence[Path], opened: Sequence[Mapping[str, LazyTensor]]) -> None:
         for file, tensors in zip(files, opened, strict=True):
             if wrong := sorted(tensors.keys() ^ opened[0].keys()):
-                raise CheckpointError(f"{file} and {files[0].name} must have the same keys; {listed('differing', wrong)}.")
+                raise CheckpointError(
+                    f"{file} and {files[0].name} must have the same keys; {listed('differing', wrong)}."
+                )
 
     def _cut(self, key: str) -> Cut:
         for cut in self.cuts:
@@ -158,7 +160,7 @@ class MetaFiles:
 
 def _numbered(folder: Path) -> list[str]:
     """Names of Meta's files in this folder, in order."""
-    return sorted(path.name for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    return sorted(path.name for path in folder.glob("consolidated.*.pth") if _NAME.fullmatch(path.name))
 
 
 def _write(path: Path, tensors: Mapping[str, LazyTensor]) -> None:

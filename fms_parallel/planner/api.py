@@ -24,6 +24,7 @@ from fms_parallel.planner.efficiency import DEFAULT, Constants
 from fms_parallel.planner.hardware import GIB, Cluster
 from fms_parallel.planner.operators import Workload
 from fms_parallel.planner.software import Software, load_software
+from fms_parallel.planner.simulate import Stages
 from fms_parallel.planner.space import Space, candidates, rejections
 
 Array = NDArray[Any]
@@ -161,6 +162,24 @@ class Planner:
             self.model.shape.layers, int(costs.most[row]), int(costs.last[row]), int(costs.full[row]), stages
         )
         return None if len(set(split)) == 1 else split
+
+    def stages(self, layout: ParallelLayout) -> Stages:
+        """Seconds of every stage of a layout, for the event simulator."""
+        layout.validate(self.model.shape)
+        columns = Columns.of_layout(layout, self.workload.global_batch)
+        pieces = self.costs.pieces(columns)
+        count = layout.pp * layout.virtual_stages
+        split = layout.stage_split
+        if split is None:
+            most, rest = divmod(self.model.shape.layers, count)
+            split = tuple(most + (index < rest) for index in range(count))
+        forward = [blocks * pieces["forward"] for blocks in split]
+        backward = [blocks * pieces["backward"] for blocks in split]
+        for index, name in ((0, "embedding"), (count - 1, "head")):
+            forward[index] += pieces[f"{name}_forward"]
+            backward[index] += pieces[f"{name}_backward"]
+        weight = [blocks * pieces["weight"] for blocks in split]
+        return Stages(forward, backward, weight, pieces["hop"])
 
     def estimate(self, layout: ParallelLayout, micro_batch: int | None = None) -> Estimate:
         """One layout; without a pipeline `micro_batch` says how its share of the batch is accumulated.

@@ -93,6 +93,26 @@ class CostModel:
         ends = _Ends.of(self, inner).spread(back)
         return _Step(self, columns, block, ends).costs()
 
+    def pieces(self, columns: Columns) -> dict[str, float]:
+        """Seconds of one micro-batch on one block, on the ends, and from stage to stage, for the first row.
+
+        Backward includes recomputation; `weight` is the part of it that makes weight gradients.
+        """
+        inner, back = _unique(columns)
+        step = _Step(self, columns, _Block.of(self, inner).spread(back), _Ends.of(self, inner).spread(back))
+        block, again = step.block, step.again()
+        repeated = columns.recompute == 2
+        backward = block.backward + again + block.tp * np.where(repeated, 2.0, 1.0) + block.cp_backward + block.ep
+        hops = 2 * (columns.count * columns.virtual * (not self.software.overlap_pp) + columns.pp - 1)
+        found = {
+            "forward": block.forward + block.tp + block.cp_forward + block.ep,
+            "backward": backward + np.where(repeated, block.cp_forward, 0.0),
+            "weight": block.backward / 2,
+            "hop": step.hop() / np.maximum(hops, 1),
+            **{f.name: getattr(step.ends, f.name) for f in fields(step.ends)},
+        }
+        return {name: float(value[0]) for name, value in found.items()}
+
     @property
     def time_source(self) -> TimeSource:
         """Who prices an operator."""
@@ -164,8 +184,9 @@ def _context(model: CostModel, columns: Columns, seconds: Seconds) -> tuple[Arra
     group = Group.of(columns.cp, columns.tp, model.device.per_node)
     step = model.collective("p2p", size, group)
     hidden = seconds.core / np.maximum(columns.cp, 1)
-    forward = (columns.cp - 1) * np.maximum(step - hidden, 0.0)
-    backward = (columns.cp - 1) * np.maximum(2 * step - 2.5 * hidden, 0.0)
+    pieces = model.constants.ring * np.log2(columns.cp) * seconds.core
+    forward = (columns.cp - 1) * np.maximum(step - hidden, 0.0) + pieces
+    backward = (columns.cp - 1) * np.maximum(2 * step - 2.5 * hidden, 0.0) + 2.5 * pieces
     return forward, backward
 
 
@@ -306,7 +327,8 @@ class _Step:
     def sharded(self, rank: Array, again: Array) -> Array:
         """Seconds that fsdp's gathers and reductions stick out behind the computation of each block."""
         c, model = self.columns, self.model
-        group = Group.of(c.fsdp, c.cp * c.tp, model.device.per_node)
+        shards = self.states().shards()
+        group = Group.of(shards, c.cp * c.tp * c.fsdp // shards, model.device.per_node)
         size = self.block_parameters()
         gather = model.collective("allgather", size * model.software.working_bytes, group)
         reduce = model.collective("reducescatter", size * model.software.reduce_bytes, group)
@@ -317,12 +339,13 @@ class _Step:
         tables = 2 * gather / np.maximum(size, 1) * self.rank_parameters(np.zeros_like(rank))
         # In a pipeline a stage is gathered once and kept; only the first gather and the reductions are in the way.
         times = np.where(c.pp > 1, 1, c.count)
-        return np.where(c.fsdp > 1, rank * (times * once + ending) + tables + reduce, 0.0)
+        return np.where(shards > 1, rank * (times * once + ending) + tables + reduce, 0.0)
 
     def replicas(self, rank: Array, plain: Array) -> Array:
         """Seconds of averaging gradients over dp that the last micro-batch's backward pass does not hide."""
         c, model = self.columns, self.model
-        size = self.rank_parameters(rank) / c.fsdp
+        shards = self.states().shards()
+        size = self.rank_parameters(rank) / shards
         group = Group.of(c.dp, c.fsdp * c.cp * c.tp, model.device.per_node)
         sharded = c.zero >= 1
         gather = model.collective("allgather", size * model.software.working_bytes, group)
@@ -331,13 +354,13 @@ class _Step:
         hidden = np.minimum(whole * model.software.overlap_dp, rank * plain * 2 / 3)
         # Ranks of a cp group hold the same parameters and see other tokens: their gradients are added, too.
         context = Group.of(c.cp, c.tp, model.device.per_node)
-        extra = np.where(c.fsdp > 1, 0.0, model.collective("allreduce", size * model.software.reduce_bytes, context))
+        extra = np.where(shards > c.fsdp, 0.0, model.collective("allreduce", size * model.software.reduce_bytes, context))
         return np.where(c.dp > 1, whole - hidden, 0.0) + np.where(c.cp > 1, extra * (1 - model.software.overlap_dp), 0.0)
 
     def optimizer(self, rank: Array) -> Array:
         """Seconds of reading gradients and reading and writing parameters and state, at memory or host speed."""
         c, model, software = self.columns, self.model, self.model.software
-        own = self.rank_parameters(rank) / c.fsdp / np.where(c.zero >= 1, c.dp, 1)
+        own = self.rank_parameters(rank) / self.states().shards() / np.where(c.zero >= 1, c.dp, 1)
         states = software.optimizer_bytes
         size = own * (software.gradient_bytes * 2 + 2 * software.parameter_bytes + 2 * states)
         seconds = size / (model.device.memory_gb_s * 1e9 * model.constants.stream)

@@ -29,6 +29,8 @@ class Constants:
     Attributes:
         best: part of the peak that a large matrix product reaches. half: m, n and k at which it reaches half of that
             each. attention: part of the peak inside fused attention. stream: part of the memory bandwidth.
+        fp8: part of the fp8 peak that casts and scales leave. ring: attention in a ring of cp ranks takes
+            1 + ring * log2(cp) times as long, for its shorter pieces.
         kernel_us: least time of one kernel. host_us: time of the host to start one kernel, forward pass.
         host_backward: the same in the backward pass, as a multiple (no Python between its kernels).
         micro_us: fixed time of one micro-batch on one stage. step_us: fixed time of one step.
@@ -39,6 +41,8 @@ class Constants:
     half: float = 96.0
     attention: float = 0.5
     stream: float = 0.82
+    fp8: float = 0.78
+    ring: float = 0.1
     kernel_us: float = 4.0
     host_us: float = 7.0
     host_backward: float = 0.7

@@ -79,7 +79,8 @@ def peak(
     kept = tokens * per_token
     again = _one_block_again(shape, columns, sequence, software) * tokens
     held = schedule.in_flight(columns)
-    logits = tokens * shape.vocab / columns.tp * (software.working_bytes + 4 + 4)
+    # Logits, their fp32 copy, log-probabilities and the gradient are there at once.
+    logits = tokens * shape.vocab / columns.tp * (software.working_bytes + 3 * 4)
     outside = tokens * shape.width * software.working_bytes
     ends = (
         Memory(*first, kept * blocks[0] * held + again + outside, np.where(columns.pp == 1, logits, 0.0), _reserve(columns, software)),
@@ -98,9 +99,11 @@ def _held_by_last(columns: Columns, first: Array) -> Array:
 
 
 def _one_block_again(shape: ModelShape, columns: Columns, sequence: int, software: Software) -> Array:
-    """While a recomputed block runs backward, everything of it is there once."""
+    """While a block runs backward: everything of it once if it is recomputed, and the gradients of its widest tensors."""
+    ups = 2 if shape.gated else 1
+    gradients = software.working_bytes * (2 * shape.width + ups * shape.ffn_width / columns.tp)
     whole = activation_bytes_per_token(shape, columns.with_(recompute=np.zeros_like(columns.recompute)), sequence, software)
-    return np.where(columns.recompute == RECOMPUTE.index("none"), 0.0, whole)
+    return gradients + np.where(columns.recompute == RECOMPUTE.index("none"), 0.0, whole)
 
 
 def _reserve(columns: Columns, software: Software) -> Array:
@@ -121,11 +124,11 @@ class States:
         c, s = self.columns, self.software
         tables = self.table() * (np.asarray(embedding, dtype=float) + np.asarray(head, dtype=float) * self.separate_head())
         whole = blocks * self.block() + tables
-        shards = c.fsdp
+        shards = self.shards()
         over_dp = np.where(c.zero >= 1, c.dp, 1)
         kept = np.where(c.offload == OFFLOADS.index("params"), 0.0, 1.0)
         state = np.where(c.offload >= OFFLOADS.index("optimizer_state"), 0.0, 1.0)
-        waiting = (c.fsdp > 1) & (c.count > 1)
+        waiting = (shards > 1) & (c.count > 1)
         gradients = np.where(waiting, s.gradient_bytes, s.gradient_bytes / shards / np.where(c.zero >= 2, c.dp, 1))
         return (
             whole * s.parameter_bytes / shards * kept,
@@ -133,6 +136,10 @@ class States:
             whole * s.optimizer_bytes / shards / over_dp * state,
             self.gathered(whole),
         )
+
+    def shards(self) -> Array:
+        """Ranks that share one copy of a parameter."""
+        return self.columns.fsdp * np.where(self.software.shard_over_cp, self.columns.cp, 1)
 
     def gathered(self, whole: Array) -> Array:
         """Copies in the working precision: of two blocks with fsdp, of everything where states are wider without.
@@ -144,7 +151,7 @@ class States:
         wider = s.parameter_bytes > s.working_bytes
         two_blocks = 2 * self.block() * (s.working_bytes + s.reduce_bytes / 2) + 2 * self.table() * s.working_bytes
         kept = whole * s.working_bytes
-        return np.where(c.fsdp > 1, np.where(c.pp > 1, kept, np.minimum(two_blocks, kept)), kept * wider)
+        return np.where(self.shards() > 1, np.where(c.pp > 1, kept, np.minimum(two_blocks, kept)), kept * wider)
 
     def block(self) -> Array:
         """Parameters of one block on one rank, gathered: matrices over tp, norms whole."""

@@ -32,7 +32,7 @@ class Op:
         kind: `matmul`, `attention` or `memory`. flops: forward. bytes: read and written, forward.
         shape: (m, n, k) of a matrix product. backward: multiples of `flops` and of `bytes` in the backward pass.
         kernels: forward and backward. core: belongs to the attention core that `selective` recomputes.
-        weight: parameters that the operator holds.
+        precise: stays in 16 bit when matrices are multiplied in fp8. weight: parameters that the operator holds.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Op:
     backward: tuple[float, float] = (2.0, 2.0)
     kernels: tuple[int, int] = (1, 2)
     core: bool = False
+    precise: bool = False
     weight: Array = field(default_factory=lambda: np.zeros(()))
 
 
@@ -60,11 +61,11 @@ def tokens_of(columns: Columns, sequence: int) -> Array:
     return np.asarray(columns.micro * sequence / columns.cp)
 
 
-def matmul(name: str, m: Any, n: Any, k: Any, width: float, count: Any = 1.0) -> Op:
+def matmul(name: str, m: Any, n: Any, k: Any, width: float, count: Any = 1.0, precise: bool = False) -> Op:
     """`count` products (m, k) x (k, n) of elements of `width` bytes."""
     m, n, k, count = np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in (m, n, k, count)))
     size = width * (m * k + k * n + m * n)
-    return Op(name, MATMUL, 2 * m * n * k * count, size * count, (m, n, k), weight=n * k * count)
+    return Op(name, MATMUL, 2 * m * n * k * count, size * count, (m, n, k), precise=precise, weight=n * k * count)
 
 
 def _memory(name: str, size: Any, backward: float, kernels: tuple[int, int], core: bool = False) -> Op:
@@ -87,7 +88,7 @@ def attention_operators(shape: ModelShape, columns: Columns, sequence: int, soft
         *_outside(shape, outside, software),
     ]
     if not shape.learned_positions:
-        ops.append(_memory("rope", 2 * width * tokens * (heads + groups) * depth, 1.0, (2, 2)))
+        ops.append(_memory("rope", software.elementwise * 2 * width * tokens * (heads + groups) * depth, 1.0, (2, 2)))
     return ops
 
 
@@ -98,7 +99,7 @@ def feed_forward_operators(shape: ModelShape, columns: Columns, sequence: int, s
     passes = ups + 1 + (ups if shape.ffn_bias and not software.fused_elementwise else 0)
     return [
         matmul("up", tokens, ups * ffn, shape.width, width),
-        _memory("activation", width * tokens * ffn * passes, 1.6, (ups, ups)),
+        _memory("activation", software.elementwise * width * tokens * ffn * passes, 1.6, (ups, ups)),
         matmul("down", tokens, shape.width, ffn, width),
     ]
 
@@ -129,7 +130,7 @@ def _outside(shape: ModelShape, tokens: Array, software: Software) -> list[Op]:
     width, passes = software.working_bytes, 2 if software.fused_elementwise else 3
     mask = 0.5 * software.dropout
     return [
-        _memory("norms", 2 * tokens * shape.width * width * 2, 2.0, (2, 4)),
+        _memory("norms", software.elementwise * 2 * tokens * shape.width * width * 2, 2.0, (2, 4)),
         _memory("residuals", 2 * tokens * shape.width * width * (passes + mask), 0.7, (2, 2)),
     ]
 
@@ -140,9 +141,9 @@ def head_operators(shape: ModelShape, columns: Columns, sequence: int, software:
     vocabulary = shape.vocab / columns.tp
     return [
         _memory("last norm", tokens * shape.width * software.working_bytes * 2, 2.0, (1, 2)),
-        matmul("head", tokens, vocabulary, shape.width, software.working_bytes),
+        matmul("head", tokens, vocabulary, shape.width, software.working_bytes, precise=True),
         # Cast to fp32, maximum, exponentials, sum; the gradient once, cast back.
-        _memory("loss", tokens * vocabulary * (2 + 4 + 4 + 4 + 4), 1.0, (6, 4)),
+        _memory("loss", software.elementwise * tokens * vocabulary * (2 + 4 + 4 + 4 + 4), 1.0, (6, 4)),
     ]
 
 

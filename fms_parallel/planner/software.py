@@ -21,6 +21,7 @@ class Software:
     Attributes:
         fused_attention: attention never writes its S x S scores. causal_skip: it does not compute what is masked.
         fused_elementwise: compiled kernels; bias, activation and residual cost one pass over memory together.
+        elementwise: traffic of norms, rotary positions, activations and loss as a multiple of one fused kernel's.
         dropout: masks are drawn, kept and applied.
         parameter_bytes, gradient_bytes, optimizer_bytes: kept per parameter, sharded by fsdp; ZeRO 1 shards the
             optimizer's over dp as well, ZeRO 2 the gradients'.
@@ -29,6 +30,7 @@ class Software:
         overlap_dp, overlap_tp: part of that communication that hides behind computation when there is enough of it.
         overlap_pp: sends and receives of a pipeline hide behind computation.
         reserve_gb: context, allocator and communication buffers. fragmentation: factor on activations.
+        shard_over_cp: fsdp shards over the ranks of cp as well.
         selective: what that recompute policy makes again: `core` the attention core (Megatron), `memory` all but matrix
             products (this library), `half` besides that every second matrix product (torchtitan).
         gather_again: with sp, the input of a column-parallel region is gathered a second time in the backward pass.
@@ -38,6 +40,7 @@ class Software:
     fused_attention: bool = True
     causal_skip: bool = True
     fused_elementwise: bool = False
+    elementwise: float = 1.0
     dropout: bool = False
     parameter_bytes: float = 4
     gradient_bytes: float = 4
@@ -49,6 +52,7 @@ class Software:
     overlap_pp: bool = False
     reserve_gb: float = 2.0
     fragmentation: float = 1.0
+    shard_over_cp: bool = False
     selective: str = "memory"
     gather_again: bool = False
 

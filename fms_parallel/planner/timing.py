@@ -65,11 +65,13 @@ class Roofline:
         return forward, backward
 
     def _rate(self, op: Op) -> Any:
-        peak = self.device.peak(self.precision)
+        precise = op.precise or op.kind == ATTENTION or self.precision != "fp8"
+        wide = self.device.peak("bf16" if self.precision == "fp8" else self.precision)
+        peak = wide if precise else self.device.peak("fp8") * self.constants.fp8
         if op.kind == MATMUL and op.shape is not None:
             return peak * matmul_efficiency(*op.shape, self.constants)
         if op.kind == ATTENTION:
-            return self.device.peak("bf16" if self.precision == "fp8" else self.precision) * self.constants.attention
+            return peak * self.constants.attention
         return self.device.vector_tflops * 1e12
 
     def total(self, ops: Sequence[Op]) -> Seconds:

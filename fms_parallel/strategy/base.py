@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,6 +26,20 @@ class Parallel:
 
     layout: ParallelLayout
     mesh: DeviceMesh | None
+    pipeline: Any = None
+    """The `Pipeline` that runs a model cut into stages, or None."""
+    elsewhere: frozenset[str] = frozenset()
+    """Names of the parameters that only other stages hold."""
+
+    @property
+    def ranks_per_stage(self) -> int:
+        """Ranks that hold pieces or copies of one parameter (a tied one's second stage aside)."""
+        return self.layout.world_size // self.layout.pp
+
+    @property
+    def runs_last_stage(self) -> bool:
+        """Whether this rank finds out the loss."""
+        return self.pipeline is None or bool(self.pipeline.is_last)
 
 
 def parallel_of(model: nn.Module) -> Parallel:

@@ -20,9 +20,11 @@ from fms_parallel.distributed.mesh import build_mesh, shard_mesh
 from fms_parallel.errors import LayoutError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.modules.embedding import Embedding
+from fms_parallel.schedules import SCHEDULES
 from fms_parallel.strategy.base import Parallel, repeated_blocks
 from fms_parallel.strategy.fsdp import FullyShardStrategy, ReplicateStrategy
 from fms_parallel.strategy.materialise import initialise, materialise
+from fms_parallel.strategy.pipeline import Pipeline, PipelineStrategy, refuse_forward
 from fms_parallel.strategy.recompute import RecomputeStrategy
 from fms_parallel.strategy.tensor import TensorParallelStrategy
 
@@ -55,30 +57,43 @@ def compose(
         LayoutError: an axis that no strategy implements, or a model that cannot be cut this way.
     """
     refuse_unimplemented(layout)
+    names = frozenset(model.state_dict())
     device = device or torch.device("cpu")
     if layout.world_size > 1 and mesh is None:
         mesh = build_mesh(layout, device.type)
     fresh = any(parameter.is_meta for parameter in model.parameters())
     if fresh:
         model = model.to(dtype or DTYPES[layout.precision])
+    pipeline: PipelineStrategy | None = None
+    if mesh is not None and layout.pp > 1:
+        pipeline = PipelineStrategy(mesh["pp"], layout)
+        model = pipeline.distribute(model)
     if mesh is not None:
         tensor = TensorParallelStrategy(mesh["tp"], sp=layout.sp, loss_parallel=layout.loss_parallel, plan=plan)
         model = tensor.distribute(model)
     model = RecomputeStrategy(layout).distribute(model)
     if compile_blocks:
         _compile(model)
-    model = _shard(model, layout, mesh)
+    stages = pipeline.stages(model) if pipeline is not None else []
+    for part in stages or [model]:
+        _shard(part, layout, mesh)
     materialise(model, device)
+    runner = None
+    if pipeline is not None:
+        activations = torch.bfloat16 if layout.precision == "bf16" else dtype or DTYPES[layout.precision]
+        runner = Pipeline(model, stages, pipeline, device, activations)
+        refuse_forward(model)
+    elsewhere = names - frozenset(model.state_dict())
+    model.parallel = Parallel(layout, mesh, runner, elsewhere)  # type: ignore[assignment]
     if fresh:
         (fill or _initialise(seed))(model)
-    model.parallel = Parallel(layout, mesh)  # type: ignore[assignment]
     return model
 
 
 def refuse_unimplemented(layout: ParallelLayout) -> None:
     """Name every word of the layout that no strategy implements yet; call it before a process group starts."""
     missing = {
-        f"pp={layout.pp}": layout.pp > 1,
+        **_pipeline_limits(layout),
         f"cp={layout.cp}": layout.cp > 1,
         f"offload={layout.offload}": layout.offload not in ("none", "params"),
         "offload=params without fsdp": layout.offload == "params" and layout.fsdp == 1,
@@ -87,23 +102,33 @@ def refuse_unimplemented(layout: ParallelLayout) -> None:
         raise LayoutError(f"layout {str(layout)!r}: {', '.join(words)}: no strategy implements this yet; drop it.")
 
 
-def _shard(model: nn.Module, layout: ParallelLayout, mesh: DeviceMesh | None) -> nn.Module:
-    """Data parallelism, or the same precision without it."""
+def _pipeline_limits(layout: ParallelLayout) -> dict[str, bool]:
+    """Pairs that torch 2.13 runs without an error and without some of the gradients, or not at all."""
+    sharded = layout.data_parallel > 1
+    splits = SCHEDULES[layout.schedule].splits_backward
+    return {f"schedule={layout.schedule} with dp or fsdp": layout.pp > 1 and splits and sharded}
+
+
+def _shard(model: nn.Module, layout: ParallelLayout, mesh: DeviceMesh | None) -> None:
+    """Data parallelism, or the same precision without it; in place."""
     if mesh is not None and layout.fsdp > 1:
-        return FullyShardStrategy(
-            shard_mesh(mesh), precision=layout.precision, offload=layout.offload == "params"
+        FullyShardStrategy(
+            shard_mesh(mesh),
+            precision=layout.precision,
+            offload=layout.offload == "params",
+            # A stage runs many micro-batches between two updates: it would gather for each.
+            free_after_forward=layout.pp == 1,
         ).distribute(model)
-    if mesh is not None and layout.dp > 1:
-        return ReplicateStrategy(mesh["dp"], precision=layout.precision).distribute(model)
-    if layout.precision == "bf16":
-        _compute_in(model, torch.bfloat16)
-    return model
+    elif mesh is not None and layout.dp > 1:
+        ReplicateStrategy(mesh["dp"], precision=layout.precision).distribute(model)
+    elif layout.precision == "bf16":
+        _compute_in(model, torch.bfloat16, required=layout.pp == 1)
 
 
-def _compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+def _compute_in(model: nn.Module, dtype: torch.dtype, required: bool) -> None:
     """Activations follow the embedding's dtype, and every matrix is cast to its input's."""
     embeddings = [module for module in model.modules() if isinstance(module, Embedding)]
-    if not embeddings:
+    if required and not embeddings:
         raise LayoutError("precision=bf16 without dp or fsdp needs a model that starts with our Embedding; add fsdp.")
     for embedding in embeddings:
         embedding.compute_dtype = dtype

@@ -39,8 +39,8 @@ class RecomputeStrategy(Strategy):
     def distribute(self, model: nn.Module) -> nn.Module:
         """Wrap in place."""
         if self.interval:
-            for index, (_, block) in enumerate(repeated_blocks(model)):
-                if index % self.interval == 0:
+            for name, block in repeated_blocks(model):
+                if int(name.rpartition(".")[2]) % self.interval == 0:
                     block.forward = _recomputed(block.forward, self.selective)  # type: ignore[method-assign]
         return model
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from fms_parallel.errors import TrainingError
+from fms_parallel.strategy.base import parallel_of
 
 
 def check_every_gradient(model: nn.Module) -> None:
@@ -78,27 +79,31 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return [g.to_local() if isinstance(g, DTensor) else g for g in found]
 
 
-def copies(parameter: Tensor, world_size: int) -> int:
-    """How many ranks of the job hold the same piece of a parameter."""
+def copies(parameter: Tensor, ranks: int) -> int:
+    """How many of the `ranks` that a parameter is spread over hold the same piece of it."""
     if not isinstance(parameter, DTensor):
-        return world_size
+        return ranks
     sizes = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
-    return world_size // prod(size for placement, size in sizes if not isinstance(placement, Replicate))
+    return ranks // prod(size for placement, size in sizes if not isinstance(placement, Replicate))
 
 
-def squared_norm(parameters: Iterable[nn.Parameter], world_size: int) -> Tensor:
-    """This rank's share of the squared global gradient norm: shares of the job's `world_size` ranks add up to it.
+def squared_norm(model: nn.Module) -> Tensor:
+    """This rank's share of the squared global gradient norm: the shares of all ranks of the job add up to it.
 
-    A piece that several ranks hold counts once: each contributes its part of it.
+    A piece that several ranks hold counts once: each contributes its part of it. So does the weight that a pipeline's
+    first and last stage share.
     """
-    parameters = [p for p in parameters if p.grad is not None]
+    parallel = parallel_of(model)
+    shared = {id(model.get_parameter(name)) for name in (parallel.pipeline.shared if parallel.pipeline else ())}
+    parameters = [p for p in model.parameters() if p.grad is not None]
     pieces = local_gradients(parameters)
     if not pieces:
         raise TrainingError("no parameter has a gradient: run a backward pass first.")
     norms = torch.stack(torch._foreach_norm(pieces)).to(
         torch.float64 if pieces[0].dtype == torch.float64 else torch.float32
     )
-    weights = norms.new_tensor([1 / copies(p, world_size) for p in parameters])
+    holders = [copies(p, parallel.ranks_per_stage) * (2 if id(p) in shared else 1) for p in parameters]
+    weights = 1 / norms.new_tensor(holders)
     return (norms.square() * weights).sum()
 
 

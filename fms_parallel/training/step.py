@@ -129,21 +129,34 @@ def backward(
     # FSDP2 averages gradients over the ranks that read different rows; the loss is a sum over them.
     scale = parallel_of(model).layout.data_parallel / tokens
     total = None
+    pipeline = parallel_of(model).pipeline
+    if pipeline is not None and loss_function is not model_loss:
+        raise TrainingError(
+            "a loss_function of its own does not run over pipeline stages: the last stage has the loss."
+        )
     for index, batch in enumerate(batches):
+        key = keys[index] if keys else None
         with _gradient_sync(model, last=index == len(batches) - 1):
-            loss = loss_function(model, batch, keys[index] if keys else None)
-            (loss * scale).backward()
+            if pipeline is not None:
+                loss = pipeline.backward(batch, scale, key)
+            else:
+                loss = loss_function(model, batch, key)
+                (loss * scale).backward()
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None
     complete_gradients(model.parameters())
+    if pipeline is not None:
+        pipeline.sum_shared_gradients()
     return total
 
 
 def summarise(model: nn.Module, loss_sum: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """(mean loss, gradient norm) of the step over the whole job: one collective."""
-    layout = parallel_of(model).layout
-    norm = squared_norm(model.parameters(), layout.world_size)
-    both = torch.stack([loss_sum.to(norm.dtype) * layout.data_parallel / layout.world_size, norm])
+    parallel = parallel_of(model)
+    layout, norm = parallel.layout, squared_norm(model)
+    # Every rank that finds out the loss of the same rows tells its part of it.
+    weight = layout.data_parallel / parallel.ranks_per_stage if parallel.runs_last_stage else 0.0
+    both = torch.stack([loss_sum.to(norm.dtype) * weight, norm])
     if layout.world_size > 1:
         dist.all_reduce(both)
     return both[0] / tokens, both[1].sqrt()

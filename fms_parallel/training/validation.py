@@ -35,8 +35,9 @@ def evaluate(
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64)
     for batch in _batches(data, min(rows or len(data), len(data)), batch_size, data_shard(parallel.mesh)):
-        loss = loss_function(model, to_device(batch, device), None)
-        totals += torch.tensor([float(loss), batch.tokens], dtype=torch.float64)
+        moved = to_device(batch, device)
+        loss = loss_function(model, moved, None) if parallel.pipeline is None else parallel.pipeline.evaluate(moved)
+        totals += torch.tensor([float(loss), batch.tokens * parallel.runs_last_stage], dtype=torch.float64)
     model.train(was_training)
     if parallel.layout.world_size > 1:
         totals = totals.to(device or "cpu")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..registry import Architecture
 
 PRETRAINED, CONFIGURED = "hf_pretrained", "hf_configured"
-"""In the place of an architecture: the one that `model_path`/config.json describes, with its weights or with new ones."""
+"""In the place of an architecture: what `model_path`/config.json describes, with its weights or with new ones."""
 
 
 def described(architectures: Iterable[Architecture], folder: str | Path | None) -> tuple[Architecture, Any]:

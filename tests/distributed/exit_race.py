@@ -3,7 +3,7 @@
     python -m tests.distributed.exit_race ROUNDS
 
 Ranks are forked from this process, which has torch loaded and has never used it (no thread to lose in the fork). A
-rank ends as a script does: `sys.exit`, exit handlers, static destructors; the ranks of `run_ranks` skip most of that.
+rank ends as a script does: `sys.exit`, exit handlers, static destructors; ranks of `run_ranks` skip most of that.
 Prints a line for each rank that did not end with exit code 0, and ends with 1 when there was one.
 """
 
@@ -15,10 +15,7 @@ import random
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator
-
-os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
 
 import torch
 import torch._dynamo  # fully_shard loads it: once here instead of in every rank
@@ -41,20 +38,28 @@ PATIENCE = 60
 
 
 def main(rounds: int) -> int:
-    """Start jobs, a new one whenever one has ended; returns the exit code."""
+    """Exit code."""
     gc.freeze()  # a rank that ends need not look through what was loaded here: a quarter of the time
     ports, ranks, bad = free_ports(), dict[int, str](), 0
-    for index in range(rounds + 1):
-        while len(ranks) > (2 * (AT_ONCE - 1) if index < rounds else 0):
-            pid, status = os.wait()
-            name, code = ranks.pop(pid), os.waitstatus_to_exitcode(status)
-            if code:
-                bad += 1
-                print(f"{name}: exit code {code}", flush=True)
-        if index < rounds:
-            layout, port = LAYOUTS[index % len(LAYOUTS)], next(ports)
-            ranks |= {start(rank, port, layout): f"round {index}, {layout}, rank {rank}" for rank in range(2)}
+    for index in range(rounds):
+        layout, port = LAYOUTS[index % len(LAYOUTS)], next(ports)
+        ranks |= {start(rank, port, layout): f"round {index}, {layout}, rank {rank}" for rank in range(2)}
+        bad += reap(ranks, until=2 * (AT_ONCE - 1))
+    bad += reap(ranks, until=0)
+    print(f"{rounds} rounds")
     return 1 if bad else 0
+
+
+def reap(ranks: dict[int, str], until: int) -> int:
+    """Wait until no more than so many ranks run; returns how many of the others did not end with 0."""
+    bad = 0
+    while len(ranks) > until:
+        pid, status = os.wait()
+        name, code = ranks.pop(pid), os.waitstatus_to_exitcode(status)
+        if code:
+            bad += 1
+            print(f"{name}: exit code {code}", flush=True)
+    return bad
 
 
 def start(rank: int, port: int, layout: str) -> int:
@@ -62,7 +67,7 @@ def start(rank: int, port: int, layout: str) -> int:
     if pid := os.fork():
         return pid
     signal.alarm(PATIENCE)
-    os.environ |= {"RANK": str(rank), "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     work(ParallelLayout.parse(layout))
     sys.exit(0)
 

@@ -19,9 +19,7 @@ pytestmark = pytest.mark.slow
 def compiled_llama(distributed_strategy: ParallelLayout, **arguments: Any) -> nn.Module:
     """Compiled where it is spread; the reference stays eager."""
     spread = set(distributed_strategy.degrees) != {1}
-    return get_model(
-        "llama", "micro", distributed_strategy=distributed_strategy, compile_blocks=spread, **arguments
-    )
+    return get_model("llama", "micro", distributed_strategy=distributed_strategy, compile_blocks=spread, **arguments)
 
 
 def compare(layout: str) -> tuple[Report, dict[str, int], int]:

@@ -96,7 +96,9 @@ def out_of_vocabulary(where: str) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize(("where", "words"), [("ids", "a token id is not in [0, 97)"), ("labels", "token id in [0, 97)")])
+@pytest.mark.parametrize(
+    ("where", "words"), [("ids", "a token id is not in [0, 97)"), ("labels", "token id in [0, 97)")]
+)
 def test_a_token_that_no_rank_holds_is_refused(where: str, words: str) -> None:
     assert all(words in said for said in run_ranks(out_of_vocabulary, 2, where))
 

@@ -112,7 +112,9 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
 
 
 def test_verify_command_proves_a_layout() -> None:
-    words = "--factory fms_parallel.models:get_model --architecture llama --variant micro --layers 1 --dtype fp64 --json"
+    words = (
+        "--factory fms_parallel.models:get_model --architecture llama --variant micro --layers 1 --dtype fp64 --json"
+    )
     code, out, err = finish(start("-m fms_parallel.verify", *words.split(), "--distributed", "tp=2,sp"))
     report = json.loads(out)
     assert code == 0 and report["exact"] and report["worst"] <= 1e-12, err

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fms_parallel.inference import generate
-from fms_parallel.models.llama import HF_NAMES, LLaMA, LLaMAConfig
+from fms_parallel.models.hf.llama import HF_NAMES
+from fms_parallel.models.llama import LLaMA, LLaMAConfig
 from tests.inference.models import PROMPTS
 
 transformers = pytest.importorskip("transformers", reason="the reference: pip install fms_parallel[hf]")

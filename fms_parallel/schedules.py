@@ -1,0 +1,57 @@
+"""Pipeline schedules as data: which stages a rank holds, and how many micro-batches each schedule takes.
+
+    4 stages on 2 ranks      loop: rank 0 has 0 2, rank 1 has 1 3          v: rank 0 has 0 3, rank 1 has 1 2
+
+It knows numbers and rules, no torch: layouts are validated, the planner counts and the strategy builds from this table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One schedule.
+
+    Attributes:
+        torch_name: of its class in `torch.distributed.pipelining`. stages_per_rank: at least (of single ones and v-shaped
+            ones: exactly) so many. shape: `single`, `loop` or `v`. fills: needs as many micro-batches as stages.
+        rounds: micro-batches must divide into max(1, n // pp) rounds. splits_backward: input and weight gradients apart.
+    """
+
+    torch_name: str
+    stages_per_rank: int
+    shape: str
+    fills: bool = False
+    rounds: bool = False
+    splits_backward: bool = False
+
+    def stages_of(self, rank: int, ranks: int, stages: int) -> list[int]:
+        """The stages that pipeline rank `rank` of `ranks` holds, in order."""
+        if self.shape == "v":
+            return [rank, stages - 1 - rank]
+        return list(range(rank, stages, ranks))
+
+    def refusal(self, pieces: int, ranks: int, stages: int) -> str | None:
+        """Why it cannot run `pieces` micro-batches over `stages` on `ranks`, and what would do; None when it can."""
+        per_rank = stages // ranks
+        if self.shape != "loop" and per_rank != self.stages_per_rank:
+            return f"it has exactly {self.stages_per_rank} stages per rank, not {per_rank}: drop virtual_stages"
+        if self.fills and pieces < stages:
+            return f"{pieces} micro-batches cannot fill {stages} stages: use microbatches={stages} or more"
+        rounds = max(1, pieces // ranks)
+        if self.rounds and pieces % rounds:
+            return f"{pieces} micro-batches do not divide into {rounds} rounds: use microbatches={rounds * ranks}"
+        return None
+
+
+SCHEDULES = {
+    "gpipe": Schedule("GPipe", 1, "single"),
+    "1f1b": Schedule("1F1B", 1, "single", fills=True),
+    "interleaved1f1b": Schedule("Interleaved1F1B", 2, "loop", rounds=True),
+    "looped_bfs": Schedule("LoopedBFS", 2, "loop"),
+    "interleaved_zero_bubble": Schedule("InterleavedZeroBubble", 2, "loop", rounds=True, splits_backward=True),
+    "zbv": Schedule("ZBVZeroBubble", 2, "v", splits_backward=True),
+    "dualpipev": Schedule("DualPipeV", 2, "v", fills=True, splits_backward=True),
+}

@@ -1,0 +1,89 @@
+"""GPT-BigCode in every layout: loss, gradients and updated weights of one process; tokens and checkpoints too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fms_parallel.distributed.boxes import local_box, local_tensor
+from fms_parallel.distributed.launch import run_ranks
+from fms_parallel.inference import generate
+from fms_parallel.layout import ParallelLayout
+from fms_parallel.models import get_model, save_hf
+from fms_parallel.verify import TOLERANCE, Report, verify
+from tests.poison import poisoned_memory
+
+# Odd on purpose: 13 tokens, 97 ids and 63 features divide by nothing.
+TINY = {"vocab_size": 97, "width": 32, "layers": 2, "heads": 4, "ffn_width": 63, "max_positions": 64}
+MHA: dict[str, Any] = {"multi_query": False}
+DROPS = {"dropout": 0.2, "embedding_dropout": 0.1, "attention_dropout": 0.3}
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("tp=2", {}),
+    ("tp=2", {"fused": True}),
+    ("tp=2,sp", {}),
+    ("tp=2,sp", {"tied": False, **MHA}),
+    ("tp=2,sp", {"fused": True, **MHA}),
+    ("tp=2,sp", DROPS),
+    ("tp=2,sp,recompute=full", {**DROPS, **MHA}),
+    ("tp=2,sp,loss_parallel=off", {}),
+    ("tp=4,sp", {}),
+    ("tp=4,sp", {"fused": True}),
+    ("fsdp=2", {"tied": False}),
+    ("fsdp=2", DROPS),
+    ("dp=2", DROPS),
+    ("dp=2,fsdp=2", {}),
+    ("dp=2,tp=2,sp", MHA),
+    ("fsdp=2,tp=2,sp", {}),
+    ("fsdp=2,tp=2,sp", {**DROPS, **MHA}),
+]
+
+
+def shaken_model(**arguments: Any) -> nn.Module:
+    """None of whose parameters is constant."""
+    model = get_model("gpt_bigcode", "micro", seed=5, **arguments)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            ramp = torch.arange(parameter.numel(), dtype=parameter.dtype).remainder_(7).view(parameter.shape)
+            local_tensor(parameter).add_(ramp.mul_(0.01)[local_box(parameter).slices])
+    return model
+
+
+def compare(layout: str, config: dict[str, Any], dtype: str, pieces: int) -> Report:
+    """One rank of one case."""
+    with poisoned_memory():
+        parsed = ParallelLayout.parse(layout)
+        return verify(shaken_model, parsed, dtype=dtype, seq_len=13, grad_accum_steps=pieces, **(TINY | config))
+
+
+def ranks_of(layout: str) -> int:
+    return ParallelLayout.parse(layout).world_size
+
+
+@pytest.mark.parametrize(("layout", "config"), CASES, ids=[f"{layout}-{'-'.join(config)}" for layout, config in CASES])
+def test_fp64_matches_one_process(layout: str, config: dict[str, Any]) -> None:
+    reports = run_ranks(compare, ranks_of(layout), layout, config, "fp64", 2 if ranks_of(layout) == 2 else 1)
+    assert all(report.worst <= TOLERANCE["fp64"] for report in reports), reports[0]
+
+
+def tokens(layout: str, folder: str) -> tuple[list[list[int]], bool]:
+    """What a folder's model generates in a layout, and whether saving it again gives the same bytes."""
+    model = get_model("hf_pretrained", model_path=folder, distributed_strategy=layout)
+    again = Path(folder).parent / f"again-{layout}"
+    save_hf(model, again)
+    first, second = (next(path.glob("*.safetensors")).read_bytes() for path in (Path(folder), again))
+    return generate(model, [[0, 5, 0, 7, 8], [11, 0], [0]], max_new_tokens=8), first == second
+
+
+@pytest.mark.parametrize("config", [{}, MHA], ids=["mqa", "mha"])
+@pytest.mark.parametrize("layout", ["tp=2", "tp=2,sp", "fsdp=2,tp=2,sp"])
+def test_tokens_and_saved_files_are_those_of_one_process(layout: str, config: dict[str, Any], tmp_path: Path) -> None:
+    model = get_model("gpt_bigcode", "micro", seed=1, std=0.4, **(TINY | config))
+    save_hf(model, tmp_path / "hf")
+    expected = generate(model, [[0, 5, 0, 7, 8], [11, 0], [0]], max_new_tokens=8)
+    for found, same in run_ranks(tokens, ranks_of(layout), layout, str(tmp_path / "hf")):
+        assert found == expected and same

@@ -1,0 +1,51 @@
+"""What the comparisons with transformers have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fms_parallel.checkpoint.adapter import Adapter
+from fms_parallel.checkpoint.lazy import MemoryTensor
+
+TOLERANCE = 1e-5
+"""Largest relative error in fp32."""
+
+
+def shaken(model: nn.Module, folder: Path, seed: int = 0) -> nn.Module:
+    """A transformers model without a constant parameter, saved to `folder`: zero biases and unit norms hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    model.save_pretrained(folder)  # type: ignore[operator]
+    return model.eval()
+
+
+def relative(one: Tensor, other: Tensor, scale: float = 0.0) -> float:
+    return float((one - other).detach().abs().max()) / max(float(other.detach().abs().max()), scale)
+
+
+def gradient_errors(ours: nn.Module, theirs: nn.Module, adapter: Adapter) -> dict[str, float]:
+    """Relative error of every gradient, by their names.
+
+    Gradients are shaped like weights, so the adapter carries them over. Those that are zero in exact arithmetic (a key's
+    bias) are compared on the scale of the model.
+    """
+    tensors = {n: MemoryTensor(_gradient(p)) for n, p in ours.named_parameters()}
+    for name, parameter in ours.named_parameters(remove_duplicate=False):
+        if name not in tensors:
+            tensors[name] = next(tensors[n] for n, p in ours.named_parameters() if p is parameter)
+    found = {name: lazy.read_all() for name, lazy in adapter.from_native(dict(tensors)).items()}
+    wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys()
+    scale = 1e-3 * max(float(grad.abs().max()) for grad in wanted.values())
+    return {name: relative(found[name], grad, scale) for name, grad in wanted.items()}
+
+
+def _gradient(parameter: Any) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
