@@ -46,8 +46,9 @@ class ParallelLayout:
         tp: shards of every matrix. Each is a degree >= 1; one of them may be `REST` until `resolve` is called.
         sp: with tp, norms, residuals and dropout hold 1/tp of the tokens.
         loss_parallel: with tp, logits stay sharded over the vocabulary up to the loss.
-        schedule: pipeline schedule. microbatches: pieces that a step's batch is cut into (pipeline only).
-        virtual_stages: stages per rank for the schedules that interleave. stage_split: blocks of each stage.
+        schedule: pipeline schedule. microbatches: pieces that a step's batch is cut into (pipeline only); 1 means as
+            many as there are stages. virtual_stages: stages per rank; interleaving and v-shaped schedules have at
+            least two. stage_split: blocks of each stage.
         cp_method: how context parallelism moves keys and values.
         recompute: `none`, `full`, `selective`, or `every=N` (each N-th block is recomputed in the backward pass).
         precision: what matrices are multiplied in; parameters and optimizer keep fp32 under bf16.
@@ -112,7 +113,7 @@ class ParallelLayout:
                     raise LayoutError(f"{_word(name, value)} with pp=1: it belongs to a pipeline; add pp=N or drop it.")
         if self.stage_split is not None and self.pp != REST and len(self.stage_split) != self.stages:
             raise LayoutError(
-                f"{_word('stage_split', self.stage_split)}: pp={self.pp} with virtual_stages={self.virtual_stages} "
+                f"{_word('stage_split', self.stage_split)}: pp={self.pp} with virtual_stages={self.stages // self.pp} "
                 f"needs {self.stages} numbers, one for each stage."
             )
 

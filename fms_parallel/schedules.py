@@ -17,7 +17,7 @@ class Schedule:
     Attributes:
         torch_name: of its class in `torch.distributed.pipelining`. stages_per_rank: at least (of single ones and v-shaped
             ones: exactly) so many. shape: `single`, `loop` or `v`. fills: needs as many micro-batches as stages.
-        rounds: micro-batches must divide into max(1, n // pp) rounds. splits_backward: input and weight gradients apart.
+        rounds: micro-batches must divide into max(1, n // pp) rounds.
     """
 
     torch_name: str
@@ -25,7 +25,6 @@ class Schedule:
     shape: str
     fills: bool = False
     rounds: bool = False
-    splits_backward: bool = False
 
     def stages_of(self, rank: int, ranks: int, stages: int) -> list[int]:
         """The stages that pipeline rank `rank` of `ranks` holds, in order."""
@@ -51,7 +50,7 @@ SCHEDULES = {
     "1f1b": Schedule("1F1B", 1, "single", fills=True),
     "interleaved1f1b": Schedule("Interleaved1F1B", 2, "loop", rounds=True),
     "looped_bfs": Schedule("LoopedBFS", 2, "loop"),
-    "interleaved_zero_bubble": Schedule("InterleavedZeroBubble", 2, "loop", rounds=True, splits_backward=True),
-    "zbv": Schedule("ZBVZeroBubble", 2, "v", splits_backward=True),
-    "dualpipev": Schedule("DualPipeV", 2, "v", fills=True, splits_backward=True),
+    "interleaved_zero_bubble": Schedule("InterleavedZeroBubble", 2, "loop", rounds=True),
+    "zbv": Schedule("ZBVZeroBubble", 2, "v"),
+    "dualpipev": Schedule("DualPipeV", 2, "v", fills=True),
 }

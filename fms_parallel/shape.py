@@ -25,6 +25,8 @@ class ModelShape:
         learned_positions: a table `[max_positions, E]` is a parameter.
         norm_bias: LayerNorm (weight and bias) instead of RMSNorm (weight only).
         qk_norm: a norm weight `[D]` on queries and one on keys.
+        experts: feed-forwards of a block, each with F; above one, a matrix `[experts, E]` chooses for every token
+            experts_used of them.
         other: parameters outside the blocks that none of the above counts (token types, a classifier).
     """
 
@@ -43,6 +45,8 @@ class ModelShape:
     learned_positions: bool = False
     norm_bias: bool = False
     qk_norm: bool = False
+    experts: int = 1
+    experts_used: int = 1
     other: int = 0
 
     @property
@@ -55,10 +59,16 @@ class ModelShape:
 
     @property
     def ffn_parameters(self) -> int:
-        """Parameters of one block's feed-forward."""
+        """Parameters of one block's feed-forward, all experts and their router included."""
         ups = 2 if self.gated else 1
         biases = ups * self.ffn_width + self.width if self.ffn_bias else 0
-        return (ups + 1) * self.width * self.ffn_width + biases
+        one = (ups + 1) * self.width * self.ffn_width + biases
+        return self.experts * one + self.router_parameters
+
+    @property
+    def router_parameters(self) -> int:
+        """Parameters of what chooses among a block's experts."""
+        return self.experts * self.width if self.experts > 1 else 0
 
     @property
     def norm_parameters(self) -> int:
@@ -85,7 +95,8 @@ class ModelShape:
         Formula: Narayanan et al. 2021 (arXiv 2104.04473), with the causal half that they leave out.
         """
         q, kv = self.heads * self.head_width, self.kv_heads * self.head_width
-        weights = self.width * (q + 2 * kv) + q * self.width + (3 if self.gated else 2) * self.width * self.ffn_width
+        ffn = self.experts_used * (3 if self.gated else 2) * self.width * self.ffn_width + self.router_parameters
+        weights = self.width * (q + 2 * kv) + q * self.width + ffn
         scores = 4 * sequence * q
         attention = scores // 2 if causal else scores
         forward = self.layers * (2 * weights + attention) + 2 * self.vocab * self.width
@@ -105,6 +116,8 @@ class ModelShape:
         """
         outside = self.width / (tp if sp else 1) + self.width
         heads = (self.heads * 2 + 2 * max(self.kv_heads, tp)) * self.head_width / tp
-        feed_forward = (3 if self.gated else 2) * self.ffn_width / tp
+        feed_forward = self.experts_used * (3 if self.gated else 2) * self.ffn_width / tp
+        if self.experts > 1:  # what each of a token's experts read and made
+            feed_forward += 2 * self.experts_used * self.width
         block = bytes_per_element * (2 * outside + heads + feed_forward) + 4 * self.heads / tp
         return int(batch * sequence * (self.layers * block + bytes_per_element * outside))

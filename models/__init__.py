@@ -6,7 +6,7 @@ To add one: a file beside `llama.py` that ends in `register_model(...)`, its tes
 if __name__ != "fms_parallel.models":
     raise ImportError("models/ is the package fms_parallel.models: write `from fms_parallel.models import ...`")
 
-from . import gpt_bigcode, llama, roberta
+from . import gpt_bigcode, granite, llama, mistral, mixtral, qwen3, roberta
 from .build import get_config, get_model, get_shape, save_hf
 from .registry import Architecture, list_models, list_sources, list_variants, register_model
 
@@ -16,10 +16,14 @@ __all__ = [
     "get_model",
     "get_shape",
     "gpt_bigcode",
+    "granite",
     "list_models",
     "list_sources",
     "list_variants",
     "llama",
+    "mistral",
+    "mixtral",
+    "qwen3",
     "register_model",
     "roberta",
     "save_hf",

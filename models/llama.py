@@ -266,10 +266,14 @@ _GRANITE_CODE = LLaMAConfig(
     vocab_size=49152, attention_bias=True, ffn_bias=True, tied=True, dropout=0.1, bos_id=0, eos_id=0, pad_id=0
 )
 
+MICRO: dict[str, Any] = {
+    **{"vocab_size": 256, "width": 192, "layers": 5, "heads": 4, "ffn_width": 512, "max_positions": 1024},
+    **{"bos_id": 2, "eos_id": 3},
+}
+"""Small enough for any machine, with the token ids of the char tokenizer."""
+
 VARIANTS = {
-    "micro": LLaMAConfig(
-        vocab_size=256, width=192, layers=5, heads=4, ffn_width=512, max_positions=1024, bos_id=2, eos_id=3
-    ),
+    "micro": LLaMAConfig(**MICRO),
     "7b": LLaMAConfig(),
     "13b": LLaMAConfig(**_13B),
     "70b": LLaMAConfig(**_70B),

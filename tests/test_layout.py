@@ -61,11 +61,11 @@ def layouts(draw: st.DrawFn) -> ParallelLayout:
 @st.composite
 def pipelines(draw: st.DrawFn, pp: int) -> dict[str, Any]:
     """The words of a pipeline of `pp` ranks."""
-    virtual = draw(st.integers(1, 3))
-    stages = pp * virtual if pp != REST else draw(st.integers(1, 5))
+    virtual, schedule = draw(st.integers(1, 3)), draw(st.sampled_from(sorted(SCHEDULES)))
+    stages = pp * max(virtual, SCHEDULES[schedule].stages_per_rank) if pp != REST else draw(st.integers(1, 5))
     split = st.lists(st.integers(1, 50), min_size=stages, max_size=stages).map(tuple)
     return {
-        "schedule": draw(st.sampled_from(SCHEDULES)),
+        "schedule": schedule,
         "microbatches": draw(st.integers(1, 64)),
         "virtual_stages": virtual,
         "stage_split": draw(st.none() | split),
@@ -301,7 +301,7 @@ def test_json_that_is_no_layout_is_refused_with_the_way_out(text: str, words: st
 # ---- models -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["", "tp=2", "tp=4", "tp=12", "pp=6", "pp=3,virtual_stages=2", "pp=2,stage_split=1,5"])
+@pytest.mark.parametrize("text", ["", "tp=2", "tp=4", "tp=12", "pp=6", "pp=3,schedule=looped_bfs", "pp=2,stage_split=1,5"])
 def test_a_model_that_can_be_cut_is_accepted(text: str) -> None:
     parse(text).validate(SHAPE)
 
@@ -312,7 +312,7 @@ def test_a_model_that_can_be_cut_is_accepted(text: str) -> None:
         ("tp=5", r"tp=5 does not divide 12 heads: each rank holds whole heads. Use tp in \[1, 2, 4, 12\]"),
         ("tp=3", r"tp=3 with 4 kv heads: one must divide the other.* Use tp in \[1, 2, 4, 12\]"),
         ("pp=7", r"7 pipeline stages \(pp=7 \* virtual_stages=1\) for 6 blocks: .* at most 6 stages"),
-        ("pp=4,virtual_stages=2", r"8 pipeline stages \(pp=4 \* virtual_stages=2\) for 6 blocks"),
+        ("pp=4,schedule=looped_bfs", r"8 pipeline stages \(pp=4 \* virtual_stages=2\) for 6 blocks"),
         (
             "pp=2,stage_split=3,4",
             "stage_split=3,4 adds up to 7 blocks but the model has 6: change a number, or drop it",

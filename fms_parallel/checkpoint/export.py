@@ -18,6 +18,8 @@ from fms_parallel.checkpoint.files import write_text, write_weights
 from fms_parallel.checkpoint.lazy import LazyTensor
 from fms_parallel.checkpoint.slots import slots_of
 from fms_parallel.distributed.boxes import Box
+from fms_parallel.errors import CheckpointError
+from fms_parallel.strategy.base import parallel_of
 
 
 def save_weights(
@@ -41,6 +43,8 @@ def save_weights(
         CheckpointError: on every rank, when any rank failed: a full disk, a folder that cannot be written, keys that
             the adapter does not know. Nothing half-written stays under a final name.
     """
+    if parallel_of(model).pipeline is not None:
+        raise CheckpointError("weights are not written from pipeline stages yet: load the run without pp, then export.")
     directory = Path(directory)
     rank, _ = rank_and_world()
     with on_every_rank(f"preparing {directory}"):

@@ -285,8 +285,9 @@ def dropped_scores(
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     weights = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
     weights = weights * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if mask is not None:
-        weights = weights.masked_fill(~mask, float("-inf"))
+    if mask is not None:  # a query that may see nothing gets zero, as from torch
+        weights = weights.masked_fill(~mask, torch.finfo(weights.dtype).min)
+        factors = factors * mask
     return (weights.softmax(-1).to(q.dtype) * factors) @ v
 
 

@@ -23,7 +23,7 @@ _ROOMS = {
     "Software": "software",
 }
 
-__all__ = sorted(_ROOMS)  # noqa: PLE0605 - the table is the list
+__all__ = sorted(_ROOMS)
 
 
 def __getattr__(name: str) -> Any:

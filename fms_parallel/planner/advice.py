@@ -47,7 +47,7 @@ def _batch_message(planner: Planner, space: Space) -> str:
     batch, gpus = planner.workload.global_batch, planner.cluster.gpus
     nearest = -(-batch // gpus) * gpus
     return (
-        f"--global-batch {batch} cannot be divided over any layout of {gpus} devices that the pins and exclusions leave: "
+        f"--global-batch {batch} cannot be divided over any layout of {gpus} devices that pins and exclusions leave: "
         f"use a multiple of the replicas, as {nearest}, or allow more axes."
     )
 

@@ -23,8 +23,8 @@ from fms_parallel.planner.cost import CostModel, Costs
 from fms_parallel.planner.efficiency import DEFAULT, Constants
 from fms_parallel.planner.hardware import GIB, Cluster
 from fms_parallel.planner.operators import Workload
-from fms_parallel.planner.software import Software, load_software
 from fms_parallel.planner.simulate import Stages
+from fms_parallel.planner.software import Software, load_software
 from fms_parallel.planner.space import Space, candidates, rejections
 
 Array = NDArray[Any]
@@ -113,7 +113,11 @@ class Planner:
 
     @classmethod
     def of(
-        cls, model: Model | str, cluster: Cluster | str, workload: Workload, software: Software | str = "native",
+        cls,
+        model: Model | str,
+        cluster: Cluster | str,
+        workload: Workload,
+        software: Software | str = "native",
         constants: Constants = DEFAULT,
     ) -> Planner:
         """Names are looked up; constants of the device's file count over `constants`."""
@@ -207,16 +211,28 @@ def _layout_precision(precision: str) -> str:
 
 
 def plan(
-    model: Model | str, cluster: Cluster | str, workload: Workload, *, space: Space | None = None, top: int = 10,
-    software: Software | str = "native", constants: Constants = DEFAULT,
+    model: Model | str,
+    cluster: Cluster | str,
+    workload: Workload,
+    *,
+    space: Space | None = None,
+    top: int = 10,
+    software: Software | str = "native",
+    constants: Constants = DEFAULT,
 ) -> list[Estimate]:
     """The best layouts, fastest first; see `search`, which also says what was rejected and why."""
     return search(model, cluster, workload, space=space, top=top, software=software, constants=constants).results
 
 
 def search(
-    model: Model | str, cluster: Cluster | str, workload: Workload, *, space: Space | None = None, top: int = 10,
-    software: Software | str = "native", constants: Constants = DEFAULT,
+    model: Model | str,
+    cluster: Cluster | str,
+    workload: Workload,
+    *,
+    space: Space | None = None,
+    top: int = 10,
+    software: Software | str = "native",
+    constants: Constants = DEFAULT,
 ) -> Result:
     """Price every layout of the space and keep the fastest that fit.
 

@@ -1,7 +1,7 @@
 """Models by name: the planner's own list, entry points that other packages fill, and JSON files.
 
-It knows sizes and where they are written; it imports no model. Other packages name their shapes in the entry-point group
-`fms_parallel.shapes`: each entry is a function without arguments that returns `{"arch:variant": ModelShape}`.
+It knows sizes and where they are written; it imports no model. Other packages name their shapes in the entry-point
+group `fms_parallel.shapes`: each entry is a function without arguments that returns `{"arch:variant": ModelShape}`.
 """
 
 from __future__ import annotations
@@ -120,7 +120,13 @@ def _from_hugging_face(path: Path, table: Mapping[str, Any]) -> Model:
     if table.get("model_type") in WITHOUT_GATE:
         if table.get("multi_query"):
             values["kv_heads"] = 1
-        biases = {"gated": False, "attention_bias": True, "ffn_bias": True, "learned_positions": True, "norm_bias": True}
+        biases = {
+            "gated": False,
+            "attention_bias": True,
+            "ffn_bias": True,
+            "learned_positions": True,
+            "norm_bias": True,
+        }
         values.update(biases, tied=table.get("tie_word_embeddings", True))
     experts = None
     if table.get("num_local_experts"):

@@ -27,8 +27,8 @@ class Columns:
 
     Attributes:
         pp, dp, fsdp, cp, tp: degrees. sp: 0 or 1. virtual: stages per rank. schedule, recompute, offload: indices into
-            `SCHEDULES`, `RECOMPUTE`, `OFFLOADS`. micro: sequences in one micro-batch of one replica. count: micro-batches
-            of one replica in a step. zero: ZeRO stage over dp (0, 1 or 2; fsdp > 1 is stage 3).
+            `SCHEDULES`, `RECOMPUTE`, `OFFLOADS`. micro: sequences in one micro-batch of one replica. count:
+            micro-batches of one replica in a step. zero: ZeRO stage over dp (0, 1 or 2; fsdp > 1 is stage 3).
     """
 
     pp: Array

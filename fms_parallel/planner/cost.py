@@ -240,9 +240,7 @@ class _Step:
         one = self.block.forward + self.block.backward + again + self.talk()
         head = (self.ends.head_forward + self.ends.head_backward) / one
         stages = schedule.blocks_of_stages(model.shape.layers, c, head if model.uneven else 0.0)
-        most, last, full = stages
-        rank = np.where(c.pp == 1, model.shape.layers, c.virtual * most)
-        final = np.where(c.pp == 1, model.shape.layers, (c.virtual - 1) * most + last)
+        rank, final = schedule.blocks_of_ranks(c, *stages)
         peak = memory.peak(model.shape, c, model.workload.sequence, model.software, model.experts, (rank, final))
         return Costs(self.times(rank, final, again), peak, *stages)
 
@@ -274,7 +272,9 @@ class _Step:
         head = ends.head_forward + ends.head_backward
         start = ends.embedding_forward + ends.embedding_backward
         one = plain + again + self.talk()
-        heavy = np.maximum(rank * one + np.where(c.pp == 1, head, 0.0) + start, final * one + head + np.where(c.pp == 1, start, 0.0))
+        heavy = np.maximum(
+            rank * one + np.where(c.pp == 1, head, 0.0) + start, final * one + head + np.where(c.pp == 1, start, 0.0)
+        )
         last_is_slower = (c.pp > 1) & (final * one + head > rank * one + start)
         blocks = np.where(last_is_slower, final, rank)
         outside = heavy - blocks * one
@@ -350,12 +350,18 @@ class _Step:
         sharded = c.zero >= 1
         gather = model.collective("allgather", size * model.software.working_bytes, group)
         scatter = model.collective("reducescatter", size * model.software.reduce_bytes, group)
-        whole = np.where(sharded, gather + scatter, model.collective("allreduce", size * model.software.reduce_bytes, group))
+        whole = np.where(
+            sharded, gather + scatter, model.collective("allreduce", size * model.software.reduce_bytes, group)
+        )
         hidden = np.minimum(whole * model.software.overlap_dp, rank * plain * 2 / 3)
         # Ranks of a cp group hold the same parameters and see other tokens: their gradients are added, too.
         context = Group.of(c.cp, c.tp, model.device.per_node)
-        extra = np.where(shards > c.fsdp, 0.0, model.collective("allreduce", size * model.software.reduce_bytes, context))
-        return np.where(c.dp > 1, whole - hidden, 0.0) + np.where(c.cp > 1, extra * (1 - model.software.overlap_dp), 0.0)
+        extra = np.where(
+            shards > c.fsdp, 0.0, model.collective("allreduce", size * model.software.reduce_bytes, context)
+        )
+        return np.where(c.dp > 1, whole - hidden, 0.0) + np.where(
+            c.cp > 1, extra * (1 - model.software.overlap_dp), 0.0
+        )
 
     def optimizer(self, rank: Array) -> Array:
         """Seconds of reading gradients and reading and writing parameters and state, at memory or host speed."""
@@ -365,4 +371,6 @@ class _Step:
         size = own * (software.gradient_bytes * 2 + 2 * software.parameter_bytes + 2 * states)
         seconds = size / (model.device.memory_gb_s * 1e9 * model.constants.stream)
         moved = own * (2 * states + software.gradient_bytes + software.parameter_bytes)
-        return seconds + np.where(c.offload >= OFFLOADS.index("optimizer_state"), moved / (model.device.host_gb_s * 1e9), 0.0)
+        return seconds + np.where(
+            c.offload >= OFFLOADS.index("optimizer_state"), moved / (model.device.host_gb_s * 1e9), 0.0
+        )

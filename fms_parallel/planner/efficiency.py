@@ -1,7 +1,7 @@
 """How much of a device's peak real kernels reach, as one formula per kind of work with few constants.
 
-It knows kernels; it knows nothing of layouts. The constants are fitted by `calibrate`, or those of `DEFAULT`, which come
-from A100 and H100 kernels and are never fitted to what `validate` scores.
+It knows kernels; it knows nothing of layouts. The constants are fitted by `calibrate`, or those of `DEFAULT`, which
+come from A100 and H100 kernels and are never fitted to what `validate` scores.
 
     matrix product   flops / (peak * best * m/(m + h) * n/(n + h) * k/(k + h))
     memory           bytes / (bandwidth * stream)

@@ -150,7 +150,7 @@ def _read_group(text: str, known: Mapping[str, Device]) -> tuple[Device, int]:
 
 def read_data(name: str) -> dict[str, Any]:
     """A JSON file that the package brings along; keys that open with `_` are for people."""
-    text = resources.files("fms_parallel.planner").joinpath("data", name).read_text(encoding="utf-8")
+    text = (resources.files("fms_parallel.planner") / "data" / name).read_text(encoding="utf-8")
     return {key: value for key, value in json.loads(text).items() if not key.startswith("_")}
 
 

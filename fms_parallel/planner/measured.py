@@ -183,7 +183,7 @@ def _gpt_case(entry: Mapping[str, Any], row: Mapping[str, Any]) -> Case:
         # Narayanan et al. count the recomputed forward pass, later tables do not.
         factor = 96 if software == "megatron-2021" else 72
         v, width = shape.vocab, shape.width
-        flops = factor * batch * sequence * shape.layers * width**2
+        flops = float(factor * batch * sequence * shape.layers * width**2)
         flops *= 1 + sequence / (6 * width) + 6 * v / (factor * shape.layers * width)
         seconds = flops / (float(row["tflops_per_gpu"]) * 1e12 * gpus)
     fixed, unknown = _micro_and_virtual(whole, settings, batch, shape)
@@ -205,7 +205,13 @@ def _gpt_case(entry: Mapping[str, Any], row: Mapping[str, Any]) -> Case:
 def _hardware(text: str, settings: Mapping[str, int]) -> tuple[str, str]:
     """Device and software that a table's `hardware` line means."""
     text = text.lower()
-    for word, device in (("h100 96", "h100-96gb"), ("h100", "h100"), ("h200", "h200"), ("b200", "b200"), ("v100", "v100")):
+    for word, device in (
+        ("h100 96", "h100-96gb"),
+        ("h100", "h100"),
+        ("h200", "h200"),
+        ("b200", "b200"),
+        ("v100", "v100"),
+    ):
         if word in text:
             return device, "megatron-core"
     return "a100", "megatron-2021" if settings["recompute"] == 2 and not settings["sp"] else "megatron-2022"

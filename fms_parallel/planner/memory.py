@@ -67,7 +67,11 @@ def activation_bytes_per_token(shape: ModelShape, columns: Columns, sequence: in
 
 
 def peak(
-    shape: ModelShape, columns: Columns, sequence: int, software: Software, experts: Experts | None,
+    shape: ModelShape,
+    columns: Columns,
+    sequence: int,
+    software: Software,
+    experts: Experts | None,
     blocks: tuple[Array, Array],
 ) -> Memory:
     """Memory of the fullest rank. `blocks`: of the first rank and of the last one, over all their stages."""
@@ -83,18 +87,32 @@ def peak(
     logits = tokens * shape.vocab / columns.tp * (software.working_bytes + 3 * 4)
     outside = tokens * shape.width * software.working_bytes
     ends = (
-        Memory(*first, kept * blocks[0] * held + again + outside, np.where(columns.pp == 1, logits, 0.0), _reserve(columns, software)),
-        Memory(*last, kept * blocks[1] * _held_by_last(columns, held) + again + outside, logits, _reserve(columns, software)),
+        Memory(
+            *first,
+            kept * blocks[0] * held + again + outside,
+            np.where(columns.pp == 1, logits, 0.0),
+            _reserve(columns, software),
+        ),
+        Memory(
+            *last,
+            kept * blocks[1] * _held_by_last(columns, held) + again + outside,
+            logits,
+            _reserve(columns, software),
+        ),
     )
     fuller = ends[1].total > ends[0].total
-    return Memory(**{f.name: np.where(fuller, getattr(ends[1], f.name), getattr(ends[0], f.name)) for f in fields(Memory)})
+    return Memory(
+        **{f.name: np.where(fuller, getattr(ends[1], f.name), getattr(ends[0], f.name)) for f in fields(Memory)}
+    )
 
 
 def _held_by_last(columns: Columns, first: Array) -> Array:
     """Micro-batches in flight on the last rank: one in 1F1B, all in GPipe, and those of its other stages."""
     code = columns.schedule
     all_of_them = (code == schedule.CODE["gpipe"]) | (code == schedule.CODE["looped_bfs"])
-    steady = np.where(columns.virtual > 1, np.minimum((columns.pp * (columns.virtual - 1) + 1) / columns.virtual, first), 1.0)
+    steady = np.where(
+        columns.virtual > 1, np.minimum((columns.pp * (columns.virtual - 1) + 1) / columns.virtual, first), 1.0
+    )
     return np.where(all_of_them | (columns.pp == 1), first, steady)
 
 
@@ -102,7 +120,9 @@ def _one_block_again(shape: ModelShape, columns: Columns, sequence: int, softwar
     """While a block runs backward: everything of it once if it is recomputed, and the gradients of its widest tensors."""
     ups = 2 if shape.gated else 1
     gradients = software.working_bytes * (2 * shape.width + ups * shape.ffn_width / columns.tp)
-    whole = activation_bytes_per_token(shape, columns.with_(recompute=np.zeros_like(columns.recompute)), sequence, software)
+    whole = activation_bytes_per_token(
+        shape, columns.with_(recompute=np.zeros_like(columns.recompute)), sequence, software
+    )
     return gradients + np.where(columns.recompute == RECOMPUTE.index("none"), 0.0, whole)
 
 
@@ -122,7 +142,9 @@ class States:
     def rank(self, blocks: Array, embedding: Any, head: Any) -> tuple[Array, Array, Array, Array]:
         """Bytes of the four kinds for a rank with so many blocks."""
         c, s = self.columns, self.software
-        tables = self.table() * (np.asarray(embedding, dtype=float) + np.asarray(head, dtype=float) * self.separate_head())
+        tables = self.table() * (
+            np.asarray(embedding, dtype=float) + np.asarray(head, dtype=float) * self.separate_head()
+        )
         whole = blocks * self.block() + tables
         shards = self.shards()
         over_dp = np.where(c.zero >= 1, c.dp, 1)

@@ -118,8 +118,14 @@ def _attention(shape: ModelShape, columns: Columns, sequence: int, software: Sof
     passes = 2 + 4 + (5 if software.dropout else 0) + 2
     return [
         Op(
-            "attention products", MATMUL, flops, traffic, (rows, rows, np.full_like(rows, shape.head_width)),
-            (2.0, 2.0), (2, 4), core=True,
+            "attention products",
+            MATMUL,
+            flops,
+            traffic,
+            (rows, rows, np.full_like(rows, shape.head_width)),
+            (2.0, 2.0),
+            (2, 4),
+            core=True,
         ),
         _memory("softmax", keys * passes * software.working_bytes / 2, 1.2, (3, 3), core=True),
     ]

@@ -26,7 +26,9 @@ def bars(parts: Mapping[str, float], unit: str) -> str:
     lines = []
     for name, value in sorted(parts.items(), key=lambda item: -item[1]):
         if value > 0.0005 * whole:
-            lines.append(f"  {name:12} {'#' * max(round(BAR * value / whole), 1):{BAR}} {value:9.3f} {unit} {value / whole:6.1%}")
+            lines.append(
+                f"  {name:12} {'#' * max(round(BAR * value / whole), 1):{BAR}} {value:9.3f} {unit} {value / whole:6.1%}"
+            )
     return "\n".join(lines)
 
 

@@ -24,8 +24,8 @@ CODE = {name: index for index, name in enumerate(SCHEDULES)}
 def blocks_of_stages(layers: int, columns: Columns, head_blocks: Any) -> tuple[Array, Array, Array]:
     """Blocks of a full stage, of the last stage, and full stages: a lighter last stage makes room for the head.
 
-    `head_blocks`: the head's time in blocks. The first `full` stages hold `most` blocks, the others `most - 1`; the last
-    one holds `last`.
+    `head_blocks`: the head's time in blocks. The first `full` stages hold `most` blocks, the others `most - 1`; the
+    last one holds `last`.
     """
     stages = columns.pp * columns.virtual
     head = np.broadcast_to(np.asarray(head_blocks, dtype=float), stages.shape)
@@ -38,6 +38,20 @@ def blocks_of_stages(layers: int, columns: Columns, head_blocks: Any) -> tuple[A
     most = np.where(stages == 1, layers, -(-(layers - last) // others))
     full = np.where(stages == 1, 1, layers - last - others * (most - 1))
     return most, last, full
+
+
+def blocks_of_ranks(columns: Columns, most: Array, last: Array, full: Array) -> tuple[Array, Array]:
+    """Blocks of the fullest rank that does not hold the last stage, and of the one that does, over all their stages.
+
+    Stage s lies on rank s % pp; in a V schedule on min(s, 2 pp - 1 - s), so that the first rank holds the last stage.
+    """
+    pp, v = columns.pp, columns.virtual
+    vee = (columns.schedule == CODE["zbv"]) | (columns.schedule == CODE["dualpipev"])
+    loop = v * (most - 1) + np.minimum(-(-full // pp), v), (v - 1) * (most - 1) + np.minimum(full // pp, v - 1) + last
+    bent = 2 * (most - 1) + np.minimum(full, 1) + (full > pp), most - 1 + np.minimum(full, 1) + last
+    whole = np.where(pp == 1, most, 0)
+    fullest = np.where(pp == 1, whole, np.where(vee, bent[0], loop[0]))
+    return fullest, np.where(pp == 1, whole, np.where(vee, bent[1], loop[1]))
 
 
 def stage_split(layers: int, most: int, last: int, full: int, stages: int) -> tuple[int, ...]:
@@ -69,5 +83,7 @@ def in_flight(columns: Columns) -> Array:
     interleaved = np.minimum((pp * v + pp - 1) / v, m)
     held = np.where(v > 1, interleaved, np.minimum(pp, m))
     held = np.where((code == CODE["gpipe"]) | (code == CODE["looped_bfs"]), m, held)
-    held = np.where((code == CODE["zbv"]) | (code == CODE["dualpipev"]), np.minimum(pp + (code == CODE["dualpipev"]), m), held)
+    held = np.where(
+        (code == CODE["zbv"]) | (code == CODE["dualpipev"]), np.minimum(pp + (code == CODE["dualpipev"]), m), held
+    )
     return np.where(pp == 1, 1, held)

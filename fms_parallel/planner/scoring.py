@@ -52,7 +52,7 @@ class Score:
 def _spearman(a: Array, b: Array) -> float | None:
     ranks = [_ranks(x) for x in (a, b)]
     spread = [r.std() for r in ranks]
-    return float(np.corrcoef(*ranks)[0, 1]) if min(spread) > 0 else None
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if min(spread) > 0 else None
 
 
 def _ranks(values: Array) -> Array:
@@ -136,13 +136,17 @@ def predict_collectives(rows: Sequence[Collective], device: Device) -> Array:
     """Seconds of measured collectives on a device's network."""
     network = Network.of(device)
     return np.array(
-        [float(network.seconds(r.operation, r.size, Group(np.array(r.nodes * r.inside), np.array(r.inside)))) for r in rows]
+        [
+            float(network.seconds(r.operation, r.size, Group(np.array(r.nodes * r.inside), np.array(r.inside))))
+            for r in rows
+        ]
     )
 
 
 def with_links(device: Device, **factors: float) -> Device:
     """A device whose links are faster by a factor: `intra` or `inter`."""
     changed = {
-        name: replace(getattr(device, name), gb_s=getattr(device, name).gb_s * factor) for name, factor in factors.items()
+        name: replace(getattr(device, name), gb_s=getattr(device, name).gb_s * factor)
+        for name, factor in factors.items()
     }
     return replace(device, **changed)

@@ -41,7 +41,7 @@ class Stages:
 
     Attributes:
         forward, backward: seconds of one micro-batch on each stage; backward includes weight gradients.
-        weight: part of `backward` that a zero-bubble schedule may do later. send: seconds of handing on forward and back.
+        weight: part of `backward` that a zero-bubble schedule may do later. send: seconds of handing on.
     """
 
     forward: Sequence[float]
@@ -179,7 +179,7 @@ GREEDY: dict[str, Callable[[int, int], list[int]]] = {"interleaved_zero_bubble":
 
 
 def _greedy(ranks: int, micros: int, stages: Stages, home: list[int]) -> list[Event]:
-    """Each rank takes a ready backward first, then a forward while memory lasts, and fills gaps with weight gradients."""
+    """Each rank takes a ready backward first, then a forward while memory lasts, weight gradients in the gaps."""
     last = len(home) - 1
     place = {Work(k, s, m): home[s] for k in (F, B, W) for s in range(last + 1) for m in range(micros)}
     done: dict[Work, float] = {}
@@ -201,8 +201,14 @@ def _greedy(ranks: int, micros: int, stages: Stages, home: list[int]) -> list[Ev
 
 
 def _next(
-    waiting: dict[int, list[Work]], held: list[int], limit: int, free: list[float], done: dict[Work, float],
-    place: dict[Work, int], last: int, stages: Stages,
+    waiting: dict[int, list[Work]],
+    held: list[int],
+    limit: int,
+    free: list[float],
+    done: dict[Work, float],
+    place: dict[Work, int],
+    last: int,
+    stages: Stages,
 ) -> tuple[float, int, Work] | None:
     """The piece of work that can start first; among equals backward, then late stages' forward, then weights."""
     best: tuple[tuple[float, int, int, int], int, Work] | None = None

@@ -31,6 +31,7 @@ COMPARE: Mapping[str, Callable[[Array, int], Array]] = {
     "=": np.equal,
 }
 PINNABLE = (*AXES, "virtual", "micro", "count", "zero", "sp")
+POLICIES = ("sp", "virtual", "schedule", "recompute", "offload", "zero")
 WORDS = {"schedule": SCHEDULES, "recompute": RECOMPUTE, "offload": OFFLOADS}
 
 
@@ -64,9 +65,12 @@ def candidates(gpus: int, global_batch: int, space: Space) -> Columns:
     degrees, micro = degrees[rows], micro[rows, slot]
     count = global_batch // (degrees[:, 1] * degrees[:, 2]) // micro
     # One row of policies for each row of degrees, without building what a rule of the words forbids.
-    wide = [np.repeat(column, len(policies)) for column in (*degrees.T, micro, count)]
-    narrow = [np.tile(column, len(degrees)) for column in policies.T]
-    columns = Columns(*wide[:5], *narrow[:5], *wide[5:], narrow[5])
+    wide = dict(zip((*AXES, "micro", "count"), (*degrees.T, micro, count), strict=True))
+    narrow = dict(zip(POLICIES, policies.T, strict=True))
+    columns = Columns(
+        **{name: np.repeat(column, len(policies)) for name, column in wide.items()},
+        **{name: np.tile(column, len(degrees)) for name, column in narrow.items()},
+    )
     return columns.take(_possible_words(columns))
 
 
@@ -100,7 +104,7 @@ def _factorisations(gpus: int, allowed: tuple[bool, ...]) -> Array:
 
 
 def _policies(space: Space) -> Array:
-    """Rows (sp, virtual, schedule, recompute, offload, zero)."""
+    """Rows of `POLICIES`."""
     pipelines: list[tuple[int, int]] = []
     for word in space.schedules:
         if word not in SCHEDULES:
@@ -129,7 +133,9 @@ def _policies(space: Space) -> Array:
 
 def _micro_batches(replicas: Array, global_batch: int, largest: int | None) -> Array:
     """Per row of degrees: micro-batches that divide its share of the batch, and zeros."""
-    sizes = np.array([m for m in range(1, min(global_batch, largest or 1024) + 1) if global_batch % m == 0], dtype=np.int64)
+    sizes = np.array(
+        [m for m in range(1, min(global_batch, largest or 1024) + 1) if global_batch % m == 0], dtype=np.int64
+    )
     share = global_batch // replicas
     fits = (global_batch % replicas == 0)[:, None] & (share[:, None] % sizes[None, :] == 0) & (sizes <= share[:, None])
     return np.where(fits, sizes[None, :], 0)
@@ -142,7 +148,9 @@ def rejections(columns: Columns, shape: ModelShape, sequence: int, space: Space)
     """Reason -> mask of the layouts that it rejects, in the order in which reasons count."""
     c = columns
     stages = c.pp * c.virtual
-    interleaves = np.isin(c.schedule, [SCHEDULES.index(w) for w in ("interleaved1f1b", "interleaved_zero_bubble", "looped_bfs")])
+    interleaves = np.isin(
+        c.schedule, [SCHEDULES.index(w) for w in ("interleaved1f1b", "interleaved_zero_bubble", "looped_bfs")]
+    )
     rules = {
         f"tp does not divide {shape.heads} heads": shape.heads % c.tp != 0,
         f"tp and {shape.kv_heads} kv heads: neither divides the other": (shape.kv_heads % c.tp != 0)

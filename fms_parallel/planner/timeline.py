@@ -70,7 +70,9 @@ def write_plot(events: Sequence[Event], ranks: int, path: str | Path) -> None:
             pieces = [(e.start, e.end - e.start) for e in events if e.rank == rank and e.work.kind == kind]
             if pieces:
                 label = {"F": "forward", "B": "backward", "W": "weight gradients"}[kind] if rank == 0 else None
-                axes.broken_barh(pieces, (rank - 0.4, 0.8), facecolors=colour, edgecolors="white", linewidth=0.3, label=label)
+                axes.broken_barh(
+                    pieces, (rank - 0.4, 0.8), facecolors=colour, edgecolors="white", linewidth=0.3, label=label
+                )
     axes.set(xlabel="seconds", ylabel="pipeline rank", yticks=range(ranks))
     axes.invert_yaxis()
     axes.legend(loc="lower right", fontsize="small")

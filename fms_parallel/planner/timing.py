@@ -83,7 +83,9 @@ class Roofline:
         zero = np.zeros(())
         return Seconds(
             forward=np.maximum(sum((time[0] for time in times), zero), launches[0] * host),
-            backward=np.maximum(sum((time[1] for time in times), zero), launches[1] * host * self.constants.host_backward),
+            backward=np.maximum(
+                sum((time[1] for time in times), zero), launches[1] * host * self.constants.host_backward
+            ),
             core=sum((time[0] for op, time in pairs if op.core), zero),
             matmuls=sum((time[0] for op, time in pairs if op.kind in (MATMUL, ATTENTION)), zero),
             launches=launches,

@@ -110,9 +110,7 @@ def _per_model(cases: Sequence[Case], predicted: Any, measured: Any) -> dict[str
     groups: dict[str, list[int]] = {}
     for index, case in enumerate(cases):
         groups.setdefault(f"{case.shape.width}x{case.shape.layers}", []).append(index)
-    return {
-        name: Score.of(predicted[rows], measured[rows]).spearman for name, rows in groups.items() if len(rows) > 2
-    }
+    return {name: Score.of(predicted[rows], measured[rows]).spearman for name, rows in groups.items() if len(rows) > 2}
 
 
 def as_json(parts: Sequence[Part], with_rows: bool) -> dict[str, Any]:

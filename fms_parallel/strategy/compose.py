@@ -20,7 +20,6 @@ from fms_parallel.distributed.mesh import build_mesh, shard_mesh
 from fms_parallel.errors import LayoutError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.modules.embedding import Embedding
-from fms_parallel.schedules import SCHEDULES
 from fms_parallel.strategy.base import Parallel, repeated_blocks
 from fms_parallel.strategy.fsdp import FullyShardStrategy, ReplicateStrategy
 from fms_parallel.strategy.materialise import initialise, materialise
@@ -93,20 +92,12 @@ def compose(
 def refuse_unimplemented(layout: ParallelLayout) -> None:
     """Name every word of the layout that no strategy implements yet; call it before a process group starts."""
     missing = {
-        **_pipeline_limits(layout),
         f"cp={layout.cp}": layout.cp > 1,
         f"offload={layout.offload}": layout.offload not in ("none", "params"),
         "offload=params without fsdp": layout.offload == "params" and layout.fsdp == 1,
     }
     if words := [word for word, asked in missing.items() if asked]:
         raise LayoutError(f"layout {str(layout)!r}: {', '.join(words)}: no strategy implements this yet; drop it.")
-
-
-def _pipeline_limits(layout: ParallelLayout) -> dict[str, bool]:
-    """Pairs that torch 2.13 runs without an error and without some of the gradients, or not at all."""
-    sharded = layout.data_parallel > 1
-    splits = SCHEDULES[layout.schedule].splits_backward
-    return {f"schedule={layout.schedule} with dp or fsdp": layout.pp > 1 and splits and sharded}
 
 
 def _shard(model: nn.Module, layout: ParallelLayout, mesh: DeviceMesh | None) -> None:

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from fms_parallel import compat
 from fms_parallel.distributed.collectives import REDUCE_SCATTER
+from fms_parallel.modules.tp import TPModule, own_parameters, twin_of
 from fms_parallel.strategy.base import Strategy, repeated_blocks
 
 POLICIES = {
@@ -105,10 +106,18 @@ def parameter_groups(model: nn.Module) -> list[list[nn.Module]]:
     before: list[nn.Module] = []
     after: list[nn.Module] = []
     for index, module in enumerate(model.modules()):
-        if id(module) not in inside and module is not model and any(True for _ in module.parameters(recurse=False)):
+        if id(module) not in inside and module is not model and _uses_parameters(module):
             (before if index < first else after).append(module)
+            inside.update(id(below) for below in module.modules())
     shared = {id(p) for m in before for p in m.parameters()} & {id(p) for m in after for p in m.parameters()}
     middle = [[block] for block in blocks]
     if shared:
         return middle
     return [group for group in (before, *middle, after) if group]
+
+
+def _uses_parameters(module: nn.Module) -> bool:
+    """Whether the module's own forward reads parameters: its own, or (as ours with twins do) those of its children."""
+    if isinstance(module, TPModule) or twin_of(module) is not None:
+        return bool(own_parameters(module))
+    return any(True for _ in module.parameters(recurse=False))

@@ -47,7 +47,7 @@ class PipelineStrategy(Strategy):
 
     def stages(self, model: nn.Module) -> list[Stage]:
         """This rank's stages, over the modules that `model` has kept."""
-        return make_stages(model, self.layout, self.held, self.sizes)
+        return make_stages(model, self.layout, self.held, self.sizes, self.shared)
 
 
 class Pipeline:

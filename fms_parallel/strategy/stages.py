@@ -1,9 +1,10 @@
 """Cutting a model into pipeline stages: what each holds, and the module that runs it.
 
     model    embedding | block 0 .. block 7 | norm head
-    stage 0  embedding   block 0 1 2 3                       a rank keeps its stages' modules under their own names and
-    stage 1              block 4 5 6 7        norm head      forgets the others: a parameter has one name in every layout
+    stage 0  embedding   block 0 1 2 3
+    stage 1              block 4 5 6 7        norm head
 
+A rank keeps its stages' modules under their own names and forgets the others: a parameter has one name in every layout.
 A tied head's stage keeps the embedding module too, as the owner of the weight's name; it looks nothing up there. This
 page knows modules on the meta device; it knows no schedules and talks to no rank.
 """
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from fms_parallel.errors import LayoutError, TrainingError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.modules.sequences import DropoutKey
+from fms_parallel.schedules import SCHEDULES
 from fms_parallel.strategy.base import repeated_blocks
 from fms_parallel.strategy.ties import tied_names
 
@@ -122,8 +124,21 @@ def cut(model: nn.Module, layout: ParallelLayout, held: Sequence[int]) -> tuple[
     return shared
 
 
-def make_stages(model: nn.Module, layout: ParallelLayout, held: Sequence[int], sizes: Sequence[int]) -> list[Stage]:
-    """The stages that this rank runs, over a model that `cut` has pruned; `sizes` are the blocks of every stage."""
+def make_stages(
+    model: nn.Module, layout: ParallelLayout, held: Sequence[int], sizes: Sequence[int], shared: Sequence[str]
+) -> list[Stage]:
+    """The stages that this rank runs, over a model that `cut` has pruned.
+
+    Args:
+        sizes: blocks of every stage. shared: parameters of the first and the last stage.
+    Raises:
+        LayoutError: first and last stage are on one rank, share a weight, and it is to be sharded or replicated twice.
+    """
+    if shared and SCHEDULES[layout.schedule].shape == "v" and layout.data_parallel > 1:
+        raise LayoutError(
+            f"schedule={layout.schedule} puts the first and the last stage on one rank, where they share {shared[0]}: "
+            "torch shards a weight once. Use another schedule, an untied head, or no dp and fsdp."
+        )
     before, _, after = _parts(model)
     blocks = dict(repeated_blocks(model))
     ends = list(accumulate(sizes))
@@ -133,8 +148,8 @@ def make_stages(model: nn.Module, layout: ParallelLayout, held: Sequence[int], s
         mine = [block for name, block in blocks.items() if int(name.rpartition(".")[2]) in numbers]
         is_last = stage == layout.stages - 1
         head = _present(model, after) if is_last else {}
-        # The last stage has kept an embedding only when it shares a weight with the head.
-        table = _present(model, before) if stage == 0 or is_last else {}
+        owners = [name for name in before if stage == 0 or (is_last and _owns(model, name, shared))]
+        table = _present(model, owners)
         stages.append(Stage(model, (stage, layout.stages), table, mine, head))
     return stages
 

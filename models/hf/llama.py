@@ -112,15 +112,19 @@ def read_fields(raw: Mapping[str, Any], model_type: str, own: Fields, rope_base:
     return values
 
 
-def written_fields(config: LLaMAConfig, model_type: str, hf_class: str, own: Fields) -> dict[str, Any]:
+def written_fields(
+    config: LLaMAConfig, model_type: str, hf_class: str, own: Fields, qk_norm: bool = False
+) -> dict[str, Any]:
     """The `config.json` under which transformers computes what we compute; rotary positions in both spellings.
 
+    Args:
+        own: as for `read_fields`. qk_norm: what transformers' model always does.
     Raises:
         ConfigError: a field that transformers' model cannot express.
     """
     inexpressible = {
         **{name: bool(getattr(config, name)) for name in BIASES if name not in own},
-        "qk_norm": config.qk_norm != (model_type == "qwen3"),
+        "qk_norm": config.qk_norm != qk_norm,
         "rope_scaling=ntk": config.rope_scaling == "ntk",
         "rope_original": config.rope_original not in (None, config.max_positions),
         "rope_partial": config.rope_partial != 1.0,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.distributed.mesh import build_mesh
 from fms_parallel.errors import ConfigError
-from fms_parallel.inference.cache import KVCache
 from fms_parallel.inference import generate
+from fms_parallel.inference.cache import KVCache
 from fms_parallel.inference.ranks import SameOnAllRanks
 from fms_parallel.layout import ParallelLayout
 from tests.inference.models import PROMPTS, tiny_llama

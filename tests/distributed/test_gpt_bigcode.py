@@ -6,18 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-from fms_parallel.distributed.boxes import local_box, local_tensor
 from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.inference import generate
-from fms_parallel.layout import ParallelLayout
 from fms_parallel.models import get_model, save_hf
-from fms_parallel.verify import TOLERANCE, Report, verify
-from tests.poison import poisoned_memory
+from tests.distributed.comparison import check, ranks_of
 
-# Odd on purpose: 13 tokens, 97 ids and 63 features divide by nothing.
+# Odd on purpose: 97 ids and 63 features divide by nothing.
 TINY = {"vocab_size": 97, "width": 32, "layers": 2, "heads": 4, "ffn_width": 63, "max_positions": 64}
 MHA: dict[str, Any] = {"multi_query": False}
 DROPS = {"dropout": 0.2, "embedding_dropout": 0.1, "attention_dropout": 0.3}
@@ -43,31 +38,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def shaken_model(**arguments: Any) -> nn.Module:
-    """None of whose parameters is constant."""
-    model = get_model("gpt_bigcode", "micro", seed=5, **arguments)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            ramp = torch.arange(parameter.numel(), dtype=parameter.dtype).remainder_(7).view(parameter.shape)
-            local_tensor(parameter).add_(ramp.mul_(0.01)[local_box(parameter).slices])
-    return model
-
-
-def compare(layout: str, config: dict[str, Any], dtype: str, pieces: int) -> Report:
-    """One rank of one case."""
-    with poisoned_memory():
-        parsed = ParallelLayout.parse(layout)
-        return verify(shaken_model, parsed, dtype=dtype, seq_len=13, grad_accum_steps=pieces, **(TINY | config))
-
-
-def ranks_of(layout: str) -> int:
-    return ParallelLayout.parse(layout).world_size
-
 
 @pytest.mark.parametrize(("layout", "config"), CASES, ids=[f"{layout}-{'-'.join(config)}" for layout, config in CASES])
 def test_fp64_matches_one_process(layout: str, config: dict[str, Any]) -> None:
-    reports = run_ranks(compare, ranks_of(layout), layout, config, "fp64", 2 if ranks_of(layout) == 2 else 1)
-    assert all(report.worst <= TOLERANCE["fp64"] for report in reports), reports[0]
+    check("gpt_bigcode", layout, TINY | config)
 
 
 def tokens(layout: str, folder: str) -> tuple[list[list[int]], bool]:

@@ -20,12 +20,18 @@ SEQUENCE = 2048
 def add_job(parser: argparse.ArgumentParser) -> None:
     """Flags that every command about one job has."""
     job = parser.add_argument_group("the job")
-    job.add_argument("--model", help="arch:variant (llama:3.1-70b), a seed model (gpt3_1T), or a JSON / config.json file")
+    job.add_argument(
+        "--model", help="arch:variant (llama:3.1-70b), a seed model (gpt3_1T), or a JSON / config.json file"
+    )
     job.add_argument("--gpus", nargs="+", metavar="SPEC", help="device:count (h100:64), /N for nodes of N (h100:64/4)")
     job.add_argument("--global-batch", type=int, metavar="N", help="sequences of one optimizer step")
-    job.add_argument("--seq", type=int, metavar="N", help=f"tokens of a sequence (default: the model's, at most {SEQUENCE})")
+    job.add_argument(
+        "--seq", type=int, metavar="N", help=f"tokens of a sequence (default: the model's, at most {SEQUENCE})"
+    )
     job.add_argument("--precision", default="bf16", choices=("fp8", "bf16", "fp32", "fp64"), help="of matrix products")
-    job.add_argument("--software", default="native", help="whose kernels and habits (default: %(default)s, this library)")
+    job.add_argument(
+        "--software", default="native", help="whose kernels and habits (default: %(default)s, this library)"
+    )
     job.add_argument("--devices", metavar="FILE.json", help="more devices, in the form of the planner's devices.json")
     job.add_argument("--constants", metavar="FILE.json", help="fitted constants, as `calibrate` writes them")
 
@@ -64,7 +70,9 @@ def read_planner(args: argparse.Namespace) -> Planner:
     if args.global_batch < 1 or (args.seq is not None and args.seq < 1):
         raise ConfigError("--global-batch and --seq: need whole numbers >= 1.")
     model = find_model(args.model)
-    workload: Workload = Workload(args.global_batch, args.seq or min(model.shape.max_positions, SEQUENCE), args.precision)
+    workload: Workload = Workload(
+        args.global_batch, args.seq or min(model.shape.max_positions, SEQUENCE), args.precision
+    )
     constants = DEFAULT
     if args.constants:
         table = read_json(args.constants)

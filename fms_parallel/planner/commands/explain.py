@@ -1,6 +1,6 @@
 """Why layout A beats layout B: where the time and the memory of both go.
 
-    fms-plan explain "fsdp=8,tp=8,sp" "pp=8,tp=8,sp,microbatches=64" --model llama:3.1-8b --gpus h100:64 --global-batch 512
+fms-plan explain "fsdp=8,tp=8,sp" "pp=8,tp=8,sp,microbatches=64" --model llama:3.1-8b --gpus h100:64 --global-batch 512
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def run(args: argparse.Namespace) -> int:
 
     planner = common.read_planner(args)
     world = planner.cluster.gpus
-    layouts = [ParallelLayout.parse(text).resolve(world, planner.cluster.device.per_node) for text in (args.first, args.second)]
+    layouts = [
+        ParallelLayout.parse(text).resolve(world, planner.cluster.device.per_node) for text in (args.first, args.second)
+    ]
     pair = [planner.estimate(layout, args.micro_batch) for layout in layouts]
     found = explain.differences(*pair)
     if args.json:
@@ -43,7 +45,10 @@ def run(args: argparse.Namespace) -> int:
     total = [estimate.step_time_s for estimate in pair]
     rows.append((f"{total[0]:.3f}", f"{total[1]:.3f}", f"{total[1] - total[0]:+.3f}", "a whole step"))
     common.say(render.table(rows, ("A s", "B s", "A gains", "spent on")))
-    memory = [(f"{pair[0].memory_breakdown[k]:.2f}", f"{pair[1].memory_breakdown[k]:.2f}", k) for k in pair[0].memory_breakdown]
+    memory = [
+        (f"{pair[0].memory_breakdown[k]:.2f}", f"{pair[1].memory_breakdown[k]:.2f}", k)
+        for k in pair[0].memory_breakdown
+    ]
     memory.append((f"{pair[0].memory_gb:.2f}", f"{pair[1].memory_gb:.2f}", "all of it"))
     common.say("\n" + render.table(memory, ("A GiB", "B GiB", "memory for")))
     return 0

@@ -1,7 +1,7 @@
 """Rank the layouts of a model on a cluster.
 
-    fms-plan search --model llama:3.1-70b --gpus h100:64 --global-batch 1024 --seq 8192
-    fms-plan search ... --pin "tp<=8" --exclude cp --max-micro-batch 2 --json
+fms-plan search --model llama:3.1-70b --gpus h100:64 --global-batch 1024 --seq 8192
+fms-plan search ... --pin "tp<=8" --exclude cp --max-micro-batch 2 --json
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ from fms_parallel.planner.commands import common
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Every flag of `fms-plan search`."""
     common.add_job(parser)
-    parser.add_argument("--top", type=int, default=10, metavar="K", help="layouts that are shown (default: %(default)s)")
+    parser.add_argument(
+        "--top", type=int, default=10, metavar="K", help="layouts that are shown (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     limits = parser.add_argument_group("what may be chosen")
     limits.add_argument("--pin", action="append", default=[], metavar="RULE", help='such as "tp<=8", "pp=4", "sp=1"')
-    limits.add_argument("--exclude", action="append", default=[], metavar="WORD", help="an axis or policy: pp, cp, full")
+    limits.add_argument(
+        "--exclude", action="append", default=[], metavar="WORD", help="an axis or policy: pp, cp, full"
+    )
     limits.add_argument("--max-micro-batch", type=int, metavar="N", help="largest micro-batch")
-    limits.add_argument("--schedules", nargs="+", metavar="WORD", help="pipeline schedules (default: 1f1b interleaved1f1b zbv)")
+    limits.add_argument(
+        "--schedules", nargs="+", metavar="WORD", help="pipeline schedules (default: 1f1b interleaved1f1b zbv)"
+    )
     limits.add_argument("--offload", action="store_true", help="also consider optimizer and parameters in host memory")
     limits.add_argument("--deadline", type=float, metavar="HOURS", help="with --steps: drop what takes longer")
     limits.add_argument("--budget", type=float, metavar="DOLLARS", help="with --steps: drop what costs more")
@@ -34,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     planner = common.read_planner(args)
     space = Space(
-        **({"schedules": tuple(args.schedules)} if args.schedules else {}),
+        schedules=tuple(args.schedules or Space().schedules),
         offloads=("none", "optimizer_state") if args.offload else ("none",),
         max_micro=args.max_micro_batch,
         pins=tuple(args.pin),

@@ -1,6 +1,6 @@
 """The timeline of one step of a layout.
 
-    fms-plan simulate "pp=4,tp=8,sp,microbatches=16" --model gpt3 --gpus a100:32 --global-batch 16 --trace step.json
+fms-plan simulate "pp=4,tp=8,sp,microbatches=16" --model gpt3 --gpus a100:32 --global-batch 16 --trace step.json
 """
 
 from __future__ import annotations
@@ -50,5 +50,7 @@ def run(args: argparse.Namespace) -> int:
         )
         return 0
     common.say(timeline.as_text(events, layout.pp))
-    common.say(f"{whole:.3f} s of forward and backward, {waiting:.1%} of it idle; a whole step {estimate.step_time_s:.3f} s")
+    common.say(
+        f"{whole:.3f} s of forward and backward, {waiting:.1%} of it idle; a whole step {estimate.step_time_s:.3f} s"
+    )
     return 0
