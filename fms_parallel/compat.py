@@ -60,7 +60,7 @@ def local_shape_and_offset(
 
 
 def assert_on_device(condition: Tensor, message: str) -> None:
-    """Fail when a bool scalar is false, without making the host wait for the device; on the CPU at once (RuntimeError)."""
+    """Fail (RuntimeError) when a bool scalar is false: on the CPU at once, elsewhere without making the host wait."""
     torch._assert_async(condition, message)
 
 

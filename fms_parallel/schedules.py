@@ -15,8 +15,8 @@ class Schedule:
     """One schedule.
 
     Attributes:
-        torch_name: of its class in `torch.distributed.pipelining`. stages_per_rank: at least (of single ones and v-shaped
-            ones: exactly) so many. shape: `single`, `loop` or `v`. fills: needs as many micro-batches as stages.
+        torch_name: of its class in `torch.distributed.pipelining`. stages_per_rank: at least so many, and exactly so
+            many unless `shape` is `loop`. shape: `single`, `loop` or `v`. fills: needs as many micro-batches as stages.
         rounds: micro-batches must divide into max(1, n // pp) rounds.
     """
 

@@ -301,7 +301,9 @@ def test_json_that_is_no_layout_is_refused_with_the_way_out(text: str, words: st
 # ---- models -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["", "tp=2", "tp=4", "tp=12", "pp=6", "pp=3,schedule=looped_bfs", "pp=2,stage_split=1,5"])
+@pytest.mark.parametrize(
+    "text", ["", "tp=2", "tp=4", "tp=12", "pp=6", "pp=3,schedule=looped_bfs", "pp=2,stage_split=1,5"]
+)
 def test_a_model_that_can_be_cut_is_accepted(text: str) -> None:
     parse(text).validate(SHAPE)
 

@@ -56,7 +56,7 @@ def said(err: str) -> list[str]:
     ],
 )
 def test_a_mistake_is_said_once_and_every_rank_ends(words: str, sentence: str) -> None:
-    code, out, err = finish(start("scripts/train_causal.py", *words.split(), "--steps", "2"))
+    code, _, err = finish(start("scripts/train_causal.py", *words.split(), "--steps", "2"))
     assert code != 0
     assert len(said(err)) == 1 and sentence in said(err)[0], err
     assert err.count("Traceback") == 1  # torchrun's own

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from fms_parallel.errors import ConfigError
 from fms_parallel.modules import attention as room
-from fms_parallel.modules.attention import Attention, AttentionShape, scores
+from fms_parallel.modules.attention import Attention, AttentionShape, dropped_scores, scores
+from fms_parallel.modules.dropout import Dropout
 from fms_parallel.modules.norm import rms_norm
 from fms_parallel.modules.positions import Rotary, rotate
-from fms_parallel.modules.sequences import Sequences
+from fms_parallel.modules.sequences import DropoutKey, Sequences
 from tests.gradient import grad
 
 E, D = 12, 4
@@ -209,3 +210,50 @@ def test_each_layer_keeps_its_own_keys() -> None:
 def test_heads_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ConfigError, match="4 heads do not divide by 3 kv heads"):
         AttentionShape(E, 4, 3, D)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_without_causality_every_token_sees_all(name: str) -> None:
+    attention = build(replace(SHAPES[name], causal=False))
+    x = torch.randn(2, 6, E, dtype=torch.float64)
+    everything = torch.ones(6, 6, dtype=torch.bool)
+    want = naive(attention, x, everything, None)
+    torch.testing.assert_close(attention(x, Sequences(2, 6)), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_dropped_scores_equal_naive(masked: bool, is_causal: bool) -> None:
+    q, k, v = (torch.randn(2, heads, 5, D, dtype=torch.float64) for heads in (4, 2, 2))
+    mask = (torch.rand(2, 1, 1, 5) > 0.3) if masked else None
+    allowed = mask.expand(2, 1, 5, 5) if mask is not None else causal(5) if is_causal else torch.ones(5, 5).bool()
+    got = dropped_scores(q, k, v, mask, 0.7, is_causal, factors := torch.rand(2, 4, 5, 5, dtype=torch.float64))
+    weights = naive_scores(q, k, torch.eye(5, dtype=torch.float64).expand(2, 2, 5, 5), allowed, 0.7)
+    want = (weights * factors) @ v.repeat_interleave(2, dim=1)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        dropped_scores(q, k, v, mask, 0.7, is_causal, torch.ones_like(factors)),
+        scores(q, k, v, mask, 0.7, is_causal),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
+def test_dropout_of_attention_is_of_its_weights_while_training() -> None:
+    attention = build(replace(SHAPES["GQA"], dropout=0.4))
+    x, seq = torch.randn(2, 6, E, dtype=torch.float64), Sequences(2, 6, dropout=DropoutKey(1))
+    factors = attention.score_dropout.factors(4, 0, 6, seq, x)
+    assert set(factors.unique().tolist()) == {0.0, 1 / 0.6}
+    with_factors = attention(x, seq)
+    attention.score_dropout.p = 0.0
+    assert not torch.allclose(with_factors, attention(x, seq))
+    attention.score_dropout.p = 0.4
+    torch.testing.assert_close(attention.eval()(x, Sequences(2, 6)), naive(attention, x, causal(6), None))
+
+
+def test_a_rank_drops_of_its_heads_what_one_process_does() -> None:
+    dropout, seq, like = Dropout(0.4, salt=-1), Sequences(2, 6, dropout=DropoutKey(1)), torch.empty(0)
+    whole = dropout.factors(4, 0, 6, seq, like)
+    halves = [dropout.factors(2, first, 6, seq, like) for first in (0, 2)]
+    assert torch.equal(whole, torch.cat(halves, dim=1))
+    assert not torch.equal(halves[0], halves[1])

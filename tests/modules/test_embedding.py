@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fms_parallel.errors import ConfigError
 from fms_parallel.modules.embedding import Embedding, Head
 from fms_parallel.modules.sequences import Sequences
 from tests.gradient import grad
@@ -77,3 +78,30 @@ def test_a_tied_weight_gets_both_gradients() -> None:
 
     apart = gradients(tied=False)
     torch.testing.assert_close(gradients(tied=True)[0], apart[0] + apart[1], rtol=1e-12, atol=1e-12)
+
+
+def test_a_head_with_a_bias_adds_it_and_trains_it() -> None:
+    head, x = filled(Head(V, E, bias=True)), torch.randn(2, 3, E, dtype=torch.float64)
+    assert head.bias is not None
+    logits, labels = F.linear(x, head.weight, head.bias), torch.tensor([[0, -100, 6], [1, 2, -100]])
+    assert torch.equal(head(x, Sequences(2, 3)), logits)
+    want = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    loss = head(x, Sequences(2, 3), labels)
+    torch.testing.assert_close(loss, want, rtol=1e-13, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(one, head.bias)[0] for one in (loss, want)), rtol=1e-12, atol=0)
+
+
+def test_the_row_of_padding_is_read_but_not_trained() -> None:
+    embedding = filled(Embedding(V, E, padding_id=2))
+    ids = torch.tensor([[2, 1, 2]])
+    out = embedding(ids)
+    assert torch.equal(out[0, 0], embedding.weight[2])
+    out.sum().backward()
+    assert not grad(embedding.weight)[2].any() and grad(embedding.weight)[1].all()
+
+
+@pytest.mark.parametrize("wrong", [-1, V])
+def test_padding_that_is_no_token_is_refused(wrong: int) -> None:
+    """Defect W11 of the reference: -1 means the last row to torch."""
+    with pytest.raises(ConfigError, match=f"padding id {wrong} is none of {V} tokens"):
+        Embedding(V, E, padding_id=wrong)

@@ -119,3 +119,16 @@ def test_a_label_that_is_no_token_is_refused(label: int) -> None:
     labels[2] = label
     with pytest.raises(RuntimeError, match=r"a label is neither -100 nor a token id in \[0, 11\)"):
         linear_cross_entropy(x, weight, labels, WHOLE)
+
+
+def test_a_bias_is_added_to_the_logits() -> None:
+    """As a column of the weight that multiplies ones."""
+    x, weight, labels = draw()
+    bias = torch.randn(V, dtype=torch.float64, requires_grad=True)
+    got = linear_cross_entropy(x, weight, labels, WHOLE, bias)
+    ones = torch.ones(len(x), 1, dtype=torch.float64)
+    want = oracle(torch.cat([x, ones], 1), torch.cat([weight, bias[:, None]], 1), labels)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    inputs = (x, weight, bias)
+    for g, w in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)

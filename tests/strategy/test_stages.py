@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_even_split_is_the_best_of_all(costs: list[float], parts: int, tail: flo
 
     def worst(edges: tuple[int, ...]) -> float:
         ends = (0, *edges, len(costs))
-        sums = [sum(costs[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+        sums = [sum(costs[a:b]) for a, b in pairwise(ends)]
         return max(*sums[:-1], sums[-1] + tail) if len(sums) > 1 else sums[0] + tail
 
     best = min(worst(edges) for edges in combinations(range(1, len(costs)), parts - 1))
@@ -62,7 +62,7 @@ def test_every_parameter_is_kept_once_under_its_own_name(schedule: str, tied: bo
 
 
 def test_a_model_that_cannot_be_cut_is_told_what_it_lacks() -> None:
-    with pytest.raises(LayoutError, match="Sequential cannot be cut into stages: it has no activation_width, sequences"):
+    with pytest.raises(LayoutError, match="Sequential cannot be cut .* no activation_width, sequences"):
         refuse_unless_stageable(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 
@@ -72,7 +72,7 @@ def test_a_model_that_cannot_be_cut_is_told_what_it_lacks() -> None:
         ("pp=2,schedule=1f1b,virtual_stages=2", "exactly 1 stages per rank, not 2"),
         ("pp=2,schedule=zbv,virtual_stages=3", "exactly 2 stages per rank, not 3"),
         ("pp=3,microbatches=2", "2 micro-batches cannot fill 3 stages: use microbatches=3"),
-        ("pp=2,schedule=interleaved1f1b,microbatches=5", "5 micro-batches do not divide into 2 rounds: use microbatches=4"),
+        ("pp=2,schedule=interleaved1f1b,microbatches=5", "5 micro-batches do not divide into 2 rounds"),
         ("pp=4,schedule=zbv", "8 pipeline stages"),
     ],
 )
