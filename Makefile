@@ -45,6 +45,7 @@ demo: setup
 	$(BIN)/python scripts/demo.py
 
 bench: setup
+	$(PIP_INSTALL) --no-build-isolation --editable '.[bench]'
 	$(BIN)/python benchmarks/train_step.py
 
 clean:

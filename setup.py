@@ -16,6 +16,7 @@ EXTRAS = {
     "data": ["pyarrow"],
     "test": ["pytest", "hypothesis", "transformers>=5", "tokenizers", "matplotlib", "pyarrow", "numpy", "setuptools"],
     "lint": ["ruff", "mypy"],
+    "bench": ["transformers>=5", "accelerate"],
 }
 
 setup(

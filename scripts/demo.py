@@ -26,7 +26,7 @@ TRAIN = """
     --architecture llama --variant micro --distributed tp=2,sp
     --tokenizer sentencepiece:1024 --dataset_style stdlib --dataset_option max_bytes=3000000
     --seq_len 128 --batch_size 16 --lr 2e-3 --warmup_steps 20
-    --report_steps 10 --validate_steps 50 --sample_steps 50 --checkpoint_steps 50
+    --report_steps 20 --validate_steps 100 --sample_steps 100 --checkpoint_steps 100
 """
 PROMPTS = ("def __init__(self", "import ", "    for ")
 
@@ -35,7 +35,7 @@ def main() -> int:
     """Train, then generate from the checkpoint in one process and over two ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_path", default="runs/demo", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=150, help="of training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="of training (default: %(default)s)")
     args = parser.parse_args()
     start = time.monotonic()
     folder = Path(args.output_path)
@@ -43,7 +43,7 @@ def main() -> int:
         folder = next(new for n in range(2, 1000) if not (new := folder.with_name(f"{folder.name}-{n}")).exists())
     words = [*TRAIN.split(), "--steps", str(args.steps), "--output_path", str(folder)]
     show("train over two ranks, tensor + sequence parallel", [*RANKS, str(SCRIPTS / "train_causal.py"), *words])
-    ask = ["--run_folder", str(folder), "--max_new_tokens", "40", "--json"]
+    ask = ["--run_folder", str(folder), "--max_new_tokens", "48", "--temperature", "0.7", "--seed", "1", "--json"]
     ask += [word for prompt in PROMPTS for word in ("--prompt", prompt)]
     inference = str(SCRIPTS / "inference.py")
     alone = lines(show("the same checkpoint in one process", [sys.executable, inference, *ask], quiet=True))

@@ -117,7 +117,7 @@ def _held_by_last(columns: Columns, first: Array) -> Array:
 
 
 def _one_block_again(shape: ModelShape, columns: Columns, sequence: int, software: Software) -> Array:
-    """While a block runs backward: everything of it once if it is recomputed, and the gradients of its widest tensors."""
+    """While a block runs backward: all of it once if it is recomputed, and the gradients of its widest tensors."""
     ups = 2 if shape.gated else 1
     gradients = software.working_bytes * (2 * shape.width + ups * shape.ffn_width / columns.tp)
     whole = activation_bytes_per_token(

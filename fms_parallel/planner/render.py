@@ -72,7 +72,6 @@ def launch(result: Result, estimate: Estimate) -> str:
     accumulation = f" --grad_accum_steps {estimate.micro_batches}" if estimate.layout.pp == 1 else ""
     architecture, _, variant = result.model.name.partition(":")
     model = f" --architecture {architecture} --variant {variant}" if variant else ""
-    return (
-        f'torchrun {where}{rendezvous} scripts/train_causal.py{model} --distributed "{estimate.layout}" '
-        f"--batch_size {result.workload.global_batch} --seq_len {result.workload.sequence}{accumulation} --device_type cuda"
-    )
+    batch = f"--batch_size {result.workload.global_batch} --seq_len {result.workload.sequence}{accumulation}"
+    layout = f'--distributed "{estimate.layout}"'
+    return f"torchrun {where}{rendezvous} scripts/train_causal.py{model} {layout} {batch} --device_type cuda"

@@ -54,8 +54,15 @@ def test_vectorised_rows_equal_single_rows() -> None:
                 assert got == pytest.approx(getattr(getattr(alone, part), f.name)[0], rel=1e-12, abs=1e-15), f.name
 
 
-@pytest.mark.parametrize("layout", ["pp=4,microbatches=16", "pp=4,microbatches=16,schedule=gpipe", "pp=2,dp=2,microbatches=8",
-                                    "pp=4,microbatches=16,schedule=interleaved1f1b,virtual_stages=3"])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "pp=4,microbatches=16",
+        "pp=4,microbatches=16,schedule=gpipe",
+        "pp=2,dp=2,microbatches=8",
+        "pp=4,microbatches=16,schedule=interleaved1f1b,virtual_stages=3",
+    ],
+)
 def test_closed_form_equals_the_simulated_pipeline(layout: str) -> None:
     planner = Planner.of("llama:3.2-1b", "a100:4", Workload(16, 1024))
     chosen = ParallelLayout.parse(layout)
@@ -125,7 +132,7 @@ def test_korthikanti_activations_are_34_plus_scores() -> None:
     assert found.tolist() == pytest.approx([34 + scores, 10 + 24 / 8 + scores / 8, (34 + scores) / 8, 34 / 8, 2 / 8])
 
 
-# arXiv 2205.05198 Table 5: (width, layers, heads, tp, pp, virtual, batch, micro, full recomputation s, sp + selective s)
+# arXiv 2205.05198 Table 5: width, layers, heads, tp, pp, virtual, batch, micro, s with full, s with sp and selective
 KORTHIKANTI = [
     (6144, 48, 64, 8, 1, 1, 4, 4, 1.42, 1.10),
     (12288, 96, 96, 8, 8, 3, 64, 1, 18.13, 13.75),

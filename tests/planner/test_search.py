@@ -97,8 +97,15 @@ def test_pins_hold(pin: str, holds: object) -> None:
     assert len(kept) and holds(kept)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize(("pin", "words"), [("virtal<=2", "Did you mean 'virtual'"), ("tp=x", "whole number"), ("tp", "tp<=8"),
-                                            ("schedule=1f", "Did you mean '1f1b'")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pin", "words"),
+    [
+        ("virtal<=2", "Did you mean 'virtual'"),
+        ("tp=x", "whole number"),
+        ("tp", "tp<=8"),
+        ("schedule=1f", "Did you mean '1f1b'"),
+    ],
+)
 def test_wrong_pins_are_named(pin: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         search("llama:3.1-8b", "h100:8", Workload(8, 2048), space=Space(pins=(pin,)))
