@@ -91,3 +91,46 @@ def set_fsdp_reduce_scatter(
                 output_tensor.div_(dist.get_world_size(group))
 
     module.set_custom_reduce_scatter(Custom())  # type: ignore[operator]
+
+
+def flatten_mesh(mesh: DeviceMesh, names: tuple[str, ...]) -> DeviceMesh:
+    """Several dimensions of a mesh as one, `("fsdp", "cp")` as `fsdp_cp`. Collective when it is asked for first."""
+    return mesh[names]._flatten("_".join(names))
+
+
+def join_meshes(meshes: list[DeviceMesh]) -> DeviceMesh:
+    """Views of one mesh as the dimensions of one view."""
+    return DeviceMesh._concatenate(meshes)
+
+
+def has_attention_sums(q: Tensor) -> bool:
+    """Whether torch has a fused attention for queries like these that tells its log of the sum of exponentials."""
+    if q.device.type == "cpu":
+        return q.dtype in (torch.float32, torch.float64, torch.bfloat16)
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return q.device.type == "cuda" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def attention_sums(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Fused attention of `q [B, h, S, D]` over `k, v [B, k, T, D]`, and log sum exp of the scores, `[B, h, S]`."""
+    ops = torch.ops.aten
+    if q.device.type == "cpu":
+        out, sums = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    else:
+        out, sums, *_ = ops._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    return out, sums
+
+
+def attention_sums_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v of `attention_sums`; `out` and `sums` may be those of a softmax over more keys."""
+    ops, given = torch.ops.aten, (grad, q, k, v, out, sums)
+    if q.device.type == "cpu":
+        return ops._scaled_dot_product_flash_attention_for_cpu_backward(*given, 0.0, causal, scale=scale)  # type: ignore[no-any-return]
+    # Without dropout the kernel reads no random state.
+    nothing = torch.empty(2, dtype=torch.uint64, device=q.device)
+    lengths = (None, None, q.shape[2], k.shape[2])
+    return ops._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
+        *given, *lengths, 0.0, causal, nothing, nothing, scale=scale
+    )

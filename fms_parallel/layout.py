@@ -151,6 +151,11 @@ class ParallelLayout:
         self._refuse_open_degrees()
         return self.dp * self.fsdp
 
+    @property
+    def gradient_ranks(self) -> int:
+        """Ranks over whose tokens a gradient is averaged: dp * fsdp * cp. Raises LayoutError as `data_parallel`."""
+        return self.data_parallel * self.cp
+
     def _refuse_open_degrees(self) -> None:
         if not self.resolved:
             raise LayoutError(f"{self}: a degree is still open; call resolve(world_size) first.")
@@ -286,6 +291,11 @@ class ParallelLayout:
             raise LayoutError(
                 f"tp={self.tp} with {shape.kv_heads} kv heads: one must divide the other, because kv heads are split "
                 f"or copied. Use tp in {_tp_degrees(shape)}."
+            )
+        if self.cp_method == "ulysses" and shape.heads // self.tp % self.cp:
+            raise LayoutError(
+                f"cp={self.cp},cp_method=ulysses with tp={self.tp}: a rank's {shape.heads // self.tp} of {shape.heads} "
+                f"heads do not divide by {self.cp}. Use a cp that divides them, or cp_method=ring."
             )
         if self.stages > shape.layers:
             raise LayoutError(

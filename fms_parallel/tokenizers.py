@@ -28,7 +28,7 @@ class Tokenizer(ABC):
 
     Attributes:
         vocab_size: ids are in `[0, vocab_size)`.
-        bos_id, eos_id, pad_id: the special ids, or None where the tokenizer has no such token.
+        bos_id, eos_id, pad_id, mask_id: the special ids, or None where the tokenizer has no such token.
         special_ids: every id that stands for no text; `decode` skips them.
     """
 
@@ -36,6 +36,7 @@ class Tokenizer(ABC):
     bos_id: int | None = None
     eos_id: int | None = None
     pad_id: int | None = None
+    mask_id: int | None = None
     special_ids: frozenset[int] = frozenset()
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
@@ -100,14 +101,15 @@ class CharTokenizer(Tokenizer):
     """One id per UTF-8 byte: 256 ids, no file, round-trips any text.
 
     bos is 2 and eos is 3. Those two bytes may occur in text, so there they take the ids 0xC0 and 0xC1, which no UTF-8
-    text ever uses; pad is 0xFF, which is as free.
+    text ever uses; pad is 0xFF and mask 0xFE, which are as free.
     """
 
     vocab_size = 256
     bos_id = 2
     eos_id = 3
     pad_id = 0xFF
-    special_ids = frozenset((2, 3, 0xFF))
+    mask_id = 0xFE
+    special_ids = frozenset((2, 3, 0xFE, 0xFF))
     fingerprint = "utf8-bytes-1"
 
     _to_ids = bytes.maketrans(b"\x02\x03", b"\xc0\xc1")
@@ -141,8 +143,10 @@ class SentencePieceTokenizer(Tokenizer):
             token if token >= 0 else None
             for token in (self._model.bos_id(), self._model.eos_id(), self._model.pad_id())
         )
+        mask = self._model.piece_to_id("<mask>")  # unk, when there is no such piece
+        self.mask_id = mask if self._model.id_to_piece(mask) == "<mask>" else None
         control = self._model.is_control(list(range(self.vocab_size)))
-        self.special_ids = frozenset(token for token, yes in enumerate(control) if yes)
+        self.special_ids = frozenset(token for token, yes in enumerate(control) if yes or token == self.mask_id)
         self._mark_ids = self._space_mark_ids()
 
     def _space_mark_ids(self) -> list[int] | None:
@@ -276,7 +280,7 @@ def _reason(error: Exception) -> str:
 class HFTokenizer(Tokenizer):
     """A Hugging Face `tokenizer.json` (extra `[hf]`).
 
-    bos, eos and pad come from `tokenizer_config.json` or `special_tokens_map.json` beside it; without those files
+    bos, eos, pad and mask come from `tokenizer_config.json` or `special_tokens_map.json` beside it; without those files
     they are None. The file's own truncation, padding and added special tokens are switched off.
     """
 
@@ -295,12 +299,12 @@ class HFTokenizer(Tokenizer):
         # Ids may have gaps, so their count is not the bound.
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         names = _special_token_names(Path(path).parent)
-        self.bos_id, self.eos_id, self.pad_id = (
+        self.bos_id, self.eos_id, self.pad_id, self.mask_id = (
             self._model.token_to_id(names[name]) if name in names else None
-            for name in ("bos_token", "eos_token", "pad_token")
+            for name in ("bos_token", "eos_token", "pad_token", "mask_token")
         )
         added = self._model.get_added_tokens_decoder().items()
-        named = (token for token in (self.bos_id, self.eos_id, self.pad_id) if token is not None)
+        named = (token for token in (self.bos_id, self.eos_id, self.pad_id, self.mask_id) if token is not None)
         self.special_ids = frozenset((*named, *(token for token, entry in added if entry.special)))
 
     @cached_property

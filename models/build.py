@@ -23,6 +23,7 @@ from fms_parallel.layout import ParallelLayout
 from fms_parallel.shape import ModelShape
 from fms_parallel.strategy.base import Strategy
 from fms_parallel.strategy.compose import compose, refuse_unimplemented
+from fms_parallel.strategy.context import refuse_without_context
 from fms_parallel.strategy.materialise import initialise, materialise
 
 from .hf.pretrained import CONFIGURED, PRETRAINED, described
@@ -111,6 +112,7 @@ def get_model(
     layout = ParallelLayout() if strategy else _layout(distributed_strategy, launch)  # type: ignore[arg-type]
     layout.validate(config.shape())
     refuse_unimplemented(layout)
+    refuse_without_context(known.build, layout)
     if model_path is not None:
         check_described(known, config, Path(model_path))
     if layout.world_size > 1 and not dist.is_initialized():

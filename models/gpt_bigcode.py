@@ -197,30 +197,50 @@ class GPTBigCode(nn.Module):
             ConfigError: more positions than `max_positions`. RuntimeError: one of `positions` is beyond them.
         """
         batch, length = input_ids.shape
+        if positions is None:
+            positions = torch.arange(first_position, first_position + length, device=input_ids.device)
+        seq = self.sequences(batch, length, positions, first_position, mask=mask, cache=cache, dropout=dropout)
+        x = self.enter(input_ids, seq)
+        for block in self.layers:
+            x = block(x, seq)
+        return self.leave(x, seq, labels, last)
+
+    # The parts of a forward, which a pipeline stage runs one by one.
+
+    @property
+    def activation_width(self) -> int:
+        """E."""
+        return self.config.width
+
+    def sequences(self, batch: int, length: int, positions: Tensor, first_position: int = 0, **more: Any) -> Sequences:
+        """What every block is told; arguments as of `forward`."""
         end = first_position + length
         if end > self.config.max_positions:
             raise ConfigError(f"position {end} is beyond max_positions={self.config.max_positions} of this model.")
-        if positions is None:
-            positions = torch.arange(first_position, end, device=input_ids.device)
-        seq = Sequences(batch, length, mask=mask, cache=cache, dropout=dropout)
-        x = self.position_embedding(self.embedding(input_ids), positions, seq)
-        x = self.embedding_dropout(x, seq)
-        for block in self.layers:
-            x = block(x, seq)
+        return Sequences(batch, length, positions=positions, **more)
+
+    def enter(self, input_ids: Tensor, seq: Sequences) -> Tensor:
+        """Ids `[B, S]` -> what the first block reads."""
+        assert seq.positions is not None
+        return self.embedding_dropout(self.position_embedding(self.embedding(input_ids), seq.positions, seq), seq)
+
+    def leave(self, x: Tensor, seq: Sequences, labels: Tensor | None = None, last: int | None = None) -> Tensor:
+        """What the last block made -> logits or loss."""
         return self.head(self.norm(x), seq, labels, last)
 
 
 # ---- variants ---------------------------------------------------------------------------------------------------
 
-_DROPPED = {"dropout": 0.1, "embedding_dropout": 0.1}
+_DROPPED: dict[str, Any] = {"dropout": 0.1, "embedding_dropout": 0.1}
+_STARCODER: dict[str, Any] = {
+    **{"width": 6144, "layers": 40, "heads": 48, "max_positions": 8192, "activation": "gelu"},
+    **{**_DROPPED, "attention_dropout": 0.1, "bos_id": 0, "eos_id": 0},
+}
 
 VARIANTS = {
     "micro": GPTBigCodeConfig(vocab_size=256, width=192, layers=5, heads=4, max_positions=1024, bos_id=2, eos_id=3),
     "santacoder": GPTBigCodeConfig(vocab_size=49280, **_DROPPED, bos_id=49152, eos_id=49152),
-    "starcoder": GPTBigCodeConfig(
-        **{"width": 6144, "layers": 40, "heads": 48, "max_positions": 8192, "activation": "gelu", "bos_id": 0},
-        **{**_DROPPED, "attention_dropout": 0.1, "eos_id": 0},
-    ),
+    "starcoder": GPTBigCodeConfig(**_STARCODER),
     "ibm.3b": GPTBigCodeConfig(width=3072, layers=32, heads=32, activation="gelu", bos_id=0, eos_id=0, pad_id=0),
     "ibm.13b": GPTBigCodeConfig(
         vocab_size=50304, width=5632, layers=40, heads=44, max_positions=8192, **_DROPPED, pad_id=50280

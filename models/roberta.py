@@ -193,8 +193,13 @@ class RobertaBlock(nn.Module):
         self.attention_dropout = Dropout(config.dropout, salt=2 * layer + 1)
         self.attention_norm = LayerNorm(config.width, config.norm_eps)
         self.feed_forward = FeedForward(
-            *(config.width, config.ffn_width, config.activation),
-            **{"gated": False, "bias": True, "std": config.std, "out_std": config.std},
+            config.width,
+            config.ffn_width,
+            config.activation,
+            gated=False,
+            bias=True,
+            std=config.std,
+            out_std=config.std,
         )
         self.ffn_dropout = Dropout(config.dropout, salt=2 * layer + 2)
         self.ffn_norm = LayerNorm(config.width, config.norm_eps)
@@ -309,7 +314,7 @@ class RobertaClassification(RobertaBody):
         self.classifier = SequenceClassifier(config.width, config.classes, config.drops, salt, config.std)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **options: Any) -> Tensor:
-        """Logits `[B, C]`; with labels `[B]` (-100 for none) the summed cross-entropy. Options: see `RobertaMaskedLM`."""
+        """Logits `[B, C]`; with labels `[B]`, -100 for none, the summed cross-entropy. Options: of `RobertaMaskedLM`."""
         x, seq = self.encode(input_ids, *_options(options))
         logits = self.classifier(x, seq)
         return logits if labels is None else _summed_loss(logits, labels)

@@ -38,7 +38,7 @@ same_every_time = settings(derandomize=True, max_examples=100)
 def layouts(draw: st.DrawFn) -> ParallelLayout:
     """Any valid layout: each word that its degrees allow, set or not."""
     open_word = draw(st.sampled_from([None, None, "hsdp", *AXES]))
-    degrees = {axis: draw(st.integers(1, 9)) for axis in AXES}
+    degrees: dict[str, Any] = {axis: draw(st.integers(1, 9)) for axis in AXES}
     if open_word == "hsdp":
         degrees |= {"dp": 1, "fsdp": 1}
     elif open_word:
@@ -143,6 +143,9 @@ def test_numbers_that_others_ask_for() -> None:
     layout = parse("pp=2,dp=3,fsdp=5,cp=7,tp=11")
     assert layout.degrees == (2, 3, 5, 7, 11)
     assert (layout.world_size, layout.data_parallel) == (2 * 3 * 5 * 7 * 11, 15)
+    assert (layout.stages, layout.pieces) == (2, 2)  # one stage per rank, a micro-batch for each stage
+    layout = parse("pp=2,schedule=zbv,microbatches=6")
+    assert (layout.stages, layout.pieces) == (4, 6)  # two stages per rank make the v
     intervals = {"none": 0, "full": 1, "selective": 1, "every=1": 1, "every=4": 4}
     assert {word: ParallelLayout(recompute=word).recompute_interval for word in intervals} == intervals
 
@@ -315,6 +318,7 @@ def test_a_model_that_can_be_cut_is_accepted(text: str) -> None:
         ("tp=3", r"tp=3 with 4 kv heads: one must divide the other.* Use tp in \[1, 2, 4, 12\]"),
         ("pp=7", r"7 pipeline stages \(pp=7 \* virtual_stages=1\) for 6 blocks: .* at most 6 stages"),
         ("pp=4,schedule=looped_bfs", r"8 pipeline stages \(pp=4 \* virtual_stages=2\) for 6 blocks"),
+        ("pp=3,microbatches=2", r"schedule=1f1b with pp=3: 2 micro-batches cannot fill 3 stages: use microbatches=3"),
         (
             "pp=2,stage_split=3,4",
             "stage_split=3,4 adds up to 7 blocks but the model has 6: change a number, or drop it",

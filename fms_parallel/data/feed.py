@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fms_parallel.data.rows import IGNORE, RowDataset, seeded
+from fms_parallel.data.rows import IGNORE, ChangingRows, RowDataset, seeded
 from fms_parallel.errors import ConfigError, DataError
 
 
@@ -102,17 +102,18 @@ class Feed:
 
     def batch(self, step: int) -> Batch:
         """This shard's rows of step `step`, all micro-batches in one: `[global_batch / shards, S]`."""
-        return self._read(self.rows(step))
+        return self._read(self.rows(step), step)
 
     def pieces(self, step: int) -> Iterator[Batch]:
         """The micro-batches of `batch(step)`, in order, each read when it is asked for."""
         rows = self.rows(step)
         size = len(rows) // self.micro_batches
         for start in range(0, len(rows), size):
-            yield self._read(rows[start : start + size])
+            yield self._read(rows[start : start + size], step)
 
-    def _read(self, rows: list[int]) -> Batch:
-        inputs, labels = zip(*map(self.dataset.row, rows), strict=True)
+    def _read(self, rows: list[int], step: int) -> Batch:
+        dataset = self.dataset.at(step) if isinstance(self.dataset, ChangingRows) else self.dataset
+        inputs, labels = zip(*map(dataset.row, rows), strict=True)
         return Batch(torch.stack(inputs), torch.stack(labels))
 
     def _order(self, epoch: int) -> Tensor:

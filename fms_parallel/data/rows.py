@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,7 +33,15 @@ class RowDataset(Protocol):
         """Rows of one epoch."""
 
     def row(self, index: int) -> tuple[Tensor, Tensor]:
-        """Row `index` as `(input_ids [S], labels [S])`."""
+        """Row `index` as `(input_ids [S], labels [S])`; labels of another shape where a model wants them per row."""
+
+
+@runtime_checkable
+class ChangingRows(RowDataset, Protocol):
+    """Rows that a run sees in another form at every step, such as those of dynamic masking."""
+
+    def at(self, step: int) -> RowDataset:
+        """The rows as they are in step `step`: a function of it, so that a resumed run sees the same."""
 
 
 def seeded(*words: int) -> torch.Generator:

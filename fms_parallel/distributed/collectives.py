@@ -8,6 +8,7 @@ It knows one axis of ranks and plain local tensors; it knows no modules and no D
     gather_tokens      reduce-scatter    before a column-parallel matrix, with sp
     scatter_tokens     all-gather        after a row-parallel matrix, with sp
     gather_last        slice             logits made whole for a caller who wants them
+    exchange           exchange          positions for heads, when ranks share a sequence
 
 With sp a rank holds a run of *tokens*: B and S are flattened to T = B * S first, so that every collective works on
 dim 0 without a transposed copy and any batch with any sequence length can be cut. The last rank's run is padded with
@@ -99,6 +100,32 @@ REDUCE_SCATTER: dict[str, Callable[[Tensor, Tensor, dist.ProcessGroup], None]] =
 """Backend -> (out, full, group): a sum that is cheaper than the backend's own."""
 
 
+def _exchange(x: Tensor, axis: Axis) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    dist.all_to_all_single(out, x, group=axis.group)
+    return out
+
+
+def shift(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
+    """Start sending `x` to the next rank of the ring; the result waits for, and returns, what the previous one sent.
+
+    Nobody may write to `x` before that.
+    """
+    x = x.contiguous()
+    arriving = torch.empty_like(x)
+    sends = dist.P2POp(dist.isend, x, group=axis.group, group_peer=(axis.rank + 1) % axis.size)
+    receives = dist.P2POp(dist.irecv, arriving, group=axis.group, group_peer=(axis.rank - 1) % axis.size)
+    works = dist.batch_isend_irecv([sends, receives])
+
+    def wait(sent: Tensor = x) -> Tensor:  # kept until it has left
+        for work in works:
+            work.wait()
+        return arriving
+
+    return wait
+
+
 def _pad_tokens(x: Tensor, axis: Axis) -> Tensor:
     """Append zero rows until dim 0 divides by the axis."""
     missing = -x.shape[0] % axis.size
@@ -155,6 +182,17 @@ class _ScatterTokens(torch.autograd.Function):
         return all_gather(grad, ctx.axis)[: ctx.tokens], None
 
 
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _exchange(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _exchange(grad, ctx.axis), None
+
+
 class _GatherLast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, length: int) -> Tensor:
@@ -192,3 +230,8 @@ def scatter_tokens(x: Tensor, axis: Axis) -> Tensor:
 def gather_last(x: Tensor, axis: Axis, length: int) -> Tensor:
     """`[..., chunk of V]` -> `[..., V]` on every rank. Every rank is expected to compute the same from it."""
     return _GatherLast.apply(x, axis, length)
+
+
+def exchange(x: Tensor, axis: Axis) -> Tensor:
+    """`[size, ...]`: piece i goes to rank i -> `[size, ...]`, piece i comes from rank i; the gradient goes back."""
+    return _Exchange.apply(x, axis)

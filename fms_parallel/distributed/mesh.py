@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fms_parallel import compat
 from fms_parallel.distributed.collectives import Axis
 from fms_parallel.layout import AXES, ParallelLayout
 
@@ -29,8 +30,26 @@ def tp_axis(mesh: DeviceMesh) -> Axis:
 
 
 def shard_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh for `fully_shard`: `[fsdp]`, or `[dp, fsdp]` when there are replicas (HSDP)."""
-    return mesh["fsdp"] if mesh["dp"].size() == 1 else mesh["dp", "fsdp"]
+    """The mesh for `fully_shard`: `[fsdp]`, or `[dp, fsdp]` when there are replicas (HSDP).
+
+    With cp, whose ranks would hold copies, parameters are cut over fsdp and cp as one dimension.
+    """
+    if mesh["cp"].size() == 1:
+        return mesh["fsdp"] if mesh["dp"].size() == 1 else mesh["dp", "fsdp"]
+    shards = compat.flatten_mesh(mesh, ("fsdp", "cp"))
+    return shards if mesh["dp"].size() == 1 else compat.join_meshes([mesh["dp"], shards])
+
+
+def replica_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Without fsdp, the ranks that hold the same parameters and see other tokens: dp and cp, as one dimension."""
+    if mesh["cp"].size() == 1:
+        return mesh["dp"]
+    return mesh["cp"] if mesh["dp"].size() == 1 else compat.flatten_mesh(mesh, ("dp", "cp"))
+
+
+def context_axis(mesh: DeviceMesh) -> Axis:
+    """The ranks that share every sequence with this one."""
+    return Axis.of(mesh["cp"])
 
 
 def data_shard(mesh: DeviceMesh | None) -> tuple[int, int]:

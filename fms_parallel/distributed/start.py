@@ -128,11 +128,12 @@ def _agree(failure: Exception | None, launch: Launch) -> None:
 
 
 def leave() -> None:
-    """Leave the process group after success: everybody's work is done before anybody's sockets close.
+    """Leave the process group after success: everybody's work is done before anybody ends.
 
-    Without the barrier about one gloo job in ten died on exit (`terminate called without an active exception`)
-    because one rank closed its connections while another still used them. Collecting garbage first drops meshes
-    and modules that hold subgroups.
+    gloo's threads let go of a finished collective's tensors a moment after it is reported done, which takes Python's
+    lock: a thread that asks for it while the interpreter ends is killed, and the process with it (`terminate called
+    without an active exception`, about one job in ten). Waiting for the others in a barrier gives the lock to those
+    threads. Collecting garbage first drops meshes and modules that nobody uses, and so the threads of their groups.
     """
     if not dist.is_initialized():
         return

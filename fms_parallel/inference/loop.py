@@ -90,6 +90,8 @@ def generate(
     """
     if parallel_of(model).pipeline is not None:
         raise LayoutError("pipeline stages do not generate yet: load the checkpoint in a layout without pp.")
+    if parallel_of(model).context is not None:
+        raise LayoutError("generation does not run over cp: load the checkpoint in a layout without cp.")
     ranks = SameOnAllRanks(parallel_of(model).mesh, _device_of(model))
     failure: ConfigError | None = None
     try:

@@ -6,8 +6,8 @@
     query    0 1      2 3      4 5      6 7
     key       0        0        1        1       gradients of a copied head are summed over its ranks
 
-The score computation is torch's scaled_dot_product_attention on plain tensors; this file knows no cache layout and
-no model.
+The score computation is torch's scaled_dot_product_attention on plain tensors (modules/scores.py), or goes through the
+ranks that share a sequence (modules/context_attention.py); this file knows no cache layout and no model.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 from fms_parallel.errors import ConfigError, LayoutError
+from fms_parallel.modules.context_attention import Rule, context_attention, dropped_context_attention
 from fms_parallel.modules.dropout import Dropout
 from fms_parallel.modules.initial import Fill, Init, Normal
 from fms_parallel.modules.linear import Bias, shared_linear
 from fms_parallel.modules.norm import rms_norm
 from fms_parallel.modules.positions import rotate
+from fms_parallel.modules.scores import dropped_scores, scores
 from fms_parallel.modules.sequences import Sequences
 from fms_parallel.modules.tp import TPModule
 
@@ -124,11 +126,14 @@ class Attention(nn.Module):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequences) -> Tensor:
         """`q [B, h, S, D]`, `k, v [B, k, T, D]` -> `[B, h, S, D]`."""
-        rule = (seq.mask, self.shape.scale, self.shape.causal)
+        rule, context = Rule(seq.mask, self.shape.scale, self.shape.causal), seq.context
         if not self.score_dropout.active:
-            return scores(q, k, v, *rule)
-        factors = self.score_dropout.factors(q.shape[1], self.first_head(), k.shape[2], seq, q)
-        return dropped_scores(q, k, v, *rule, factors)
+            return scores(q, k, v, *rule) if context is None else context_attention(q, k, v, context, rule)
+        keys = k.shape[2] if context is None else context.length
+        factors = self.score_dropout.factors(q.shape[1], self.first_head(), keys, seq, q)
+        if context is None:
+            return dropped_scores(q, k, v, *rule, factors)
+        return dropped_context_attention(q, k, v, context, rule, factors)
 
     def first_head(self) -> int:
         """Index of the first query head held here."""
@@ -256,40 +261,3 @@ class TPAttention(TPModule, Attention):
 
     def head_parameter(self, parameter: Tensor, like: Tensor) -> Tensor:
         return self.summed(parameter, like)
-
-
-def scores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool = True) -> Tensor:
-    """Attention of `q [B, h, S, D]` over `k, v [B, k, T, D]`; without a `mask` causal, aligned to the last key, or full.
-
-    The S queries are the last S of the T positions: torch's own `is_causal` aligns to the first, which is wrong for
-    every multi-token step with a cache.
-    """
-    s, t = q.shape[-2], k.shape[-2]
-    causal = causal and mask is None and s > 1
-    if causal and s < t:
-        mask, causal = _causal_mask(s, t, q.device), False
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
-
-
-def dropped_scores(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool, factors: Tensor
-) -> Tensor:
-    """`scores` with the attention weights multiplied by `factors [B, h, S, T]`.
-
-    torch's fused attention draws its own bits, which would differ between layouts; this holds S x T weights instead.
-    """
-    s, t = q.shape[-2], k.shape[-2]
-    if causal and mask is None:
-        mask = _causal_mask(s, t, q.device)
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    weights = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
-    weights = weights * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if mask is not None:  # a query that may see nothing gets zero, as from torch
-        weights = weights.masked_fill(~mask, torch.finfo(weights.dtype).min)
-        factors = factors * mask
-    return (weights.softmax(-1).to(q.dtype) * factors) @ v
-
-
-def _causal_mask(s: int, t: int, device: torch.device) -> Tensor:
-    return torch.ones(s, t, dtype=torch.bool, device=device).tril(t - s)

@@ -7,6 +7,8 @@ and no generator state has to be kept, synchronised or checkpointed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement
@@ -45,7 +47,7 @@ class Dropout(nn.Module):
         return self._drop(x, seq, first=0, every=seq.length, first_column=first_column)
 
     def factors(self, heads: int, first_head: int, keys: int, seq: Sequences, like: Tensor) -> Tensor:
-        """What the attention weights of this rank's heads are multiplied by, `[B, heads, S, keys]`: 0 or 1 / (1 - p)."""
+        """What attention weights of this rank's heads are multiplied by, `[B, heads, S, keys]`: 0 or 1 / (1 - p)."""
         shape = torch.Size((seq.tokens, heads * keys))
         kept = self._keep(shape, seq, like.device, first=0, first_column=first_head * keys)
         kept = kept.view(seq.batch, seq.length, heads, keys).transpose(1, 2)
@@ -60,7 +62,7 @@ class Dropout(nn.Module):
     def _keep(self, shape: torch.Size, seq: Sequences, device: torch.device, first: int, **cut: int) -> Tensor:
         if seq.dropout is None:
             raise ConfigError("a model with dropout needs `dropout=DropoutKey(seed, first_token)` while it trains.")
-        return keep_mask(shape, first, self.p, seq.dropout, self.salt, device, **cut)
+        return keep_mask(shape, first, self.p, seq.dropout, self.salt, device, numbers=seq.numbers, **cut)
 
 
 class TPDropout(TPModule, Dropout):
@@ -83,12 +85,15 @@ def keep_mask(
     *,
     every: int = 1,
     first_column: int = 0,
+    numbers: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Bool `[n, E]`: which elements stay of n tokens of this micro-batch, `first` and each `every`-th after it.
 
+    `numbers`: of tokens that are no run of the micro-batch, as of `Sequences`.
     `first_column`: index of the first of the E features, where this rank has some of them only.
     """
-    tokens = torch.arange(shape[0], device=device, dtype=torch.int64).mul_(every).add_(key.first_token + first)
+    tokens = torch.arange(shape[0], device=device, dtype=torch.int64).mul_(every).add_(first)
+    tokens = (tokens if numbers is None else numbers(tokens)) + key.first_token
     # Hashed before they meet: sums would give two seeds the same bits, a few tokens further on.
     rows = _mix(_mix(tokens) ^ _word(key.seed, salt))
     columns = _mix(torch.arange(first_column, first_column + shape[1], device=device, dtype=torch.int64))

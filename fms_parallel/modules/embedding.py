@@ -25,7 +25,7 @@ class Embedding(nn.Module):
     """A row of `weight [V, E]` per token id.
 
     Attributes:
-        padding_id: a token whose row is read but gets no gradient here, as torch's `padding_idx`; None: all are trained.
+        padding_id: a token whose row is read but gets no gradient here (torch's `padding_idx`); None: all are trained.
         compute_dtype: dtype of what comes out, and so of all activations; None is the weight's own.
     """
 

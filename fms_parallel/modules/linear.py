@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Bias = Tensor | None
@@ -51,5 +52,7 @@ def _input_gradient(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor
 
 def shared_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Bias]) -> tuple[Tensor, ...]:
     """`x [..., E]` times each `weight [N_i, E]` (plus `bias [N_i]`) -> one `[..., N_i]` each."""
+    if not torch.is_grad_enabled():  # nothing to accumulate; and torch.compile loses the thread of a Function here
+        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
     given = tuple(b is not None for b in biases)
     return _SharedInput.apply(x, given, *weights, *(b for b in biases if b is not None))

@@ -11,6 +11,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fms_parallel.errors import ConfigError
+from fms_parallel.modules.context import Context
+
 
 class KVStore(Protocol):
     """Where attention keeps keys and values between calls (the inference room has them)."""
@@ -38,11 +41,13 @@ class Sequences:
     """B sequences of S tokens in flight.
 
     Attributes:
-        batch: B. length: S.
+        batch: B. length: S, of this rank's tokens where a sequence is shared.
         rope: (cos, sin), each `[S, R/2]` or `[B, S, R/2]` for R rotated features, or None.
         mask: bool `[B or 1, 1, S, T]`, True where a query may attend; None: what the attention does by itself.
         cache: keys and values of earlier calls, or None.
         dropout: the key of this forward's random bits, or None when nothing is dropped.
+        positions: `[S]` or `[B, S]`, for models that look positions up in a table.
+        context: which part of longer sequences these are, when several ranks share them; None: all of them.
     """
 
     batch: int
@@ -51,8 +56,18 @@ class Sequences:
     mask: Tensor | None = None
     cache: KVStore | None = None
     dropout: DropoutKey | None = None
+    positions: Tensor | None = None
+    context: Context | None = None
+
+    def __post_init__(self) -> None:
+        if self.context is not None and self.cache is not None:
+            raise ConfigError("a cache of keys and values does not go with sequences that ranks share (cp).")
 
     @property
     def tokens(self) -> int:
         """T = B * S."""
         return self.batch * self.length
+
+    def numbers(self, tokens: Tensor) -> Tensor:
+        """Number within the micro-batch, all ranks' tokens counted, of these of the `tokens` here."""
+        return tokens if self.context is None else self.context.numbers(tokens)

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from fms_parallel.cli import run
+from fms_parallel.errors import ConfigError, unknown
 
 COMMANDS = {
     "search": "rank the layouts of a model on a cluster",
@@ -37,10 +38,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2  # parse_args has said what is wrong; nothing else comes here
 
 
+COMPAT = {"tpe": "search_tpe", "fasop": "search_fasop"}
+"""`search --compat WORD` speaks another planner's flags: a command of its own."""
+
+
 def _run_command(name: str, words: list[str]) -> int:
+    if name == "search" and "--compat" in words:
+        at = words.index("--compat")
+        word = words[at + 1] if at + 1 < len(words) else ""
+        if word not in COMPAT:
+            raise ConfigError(unknown("--compat", word, COMPAT))
+        name, words = COMPAT[word], words[:at] + words[at + 2 :]
     module = import_module(f"fms_parallel.planner.commands.{name.replace('-', '_')}")
     parser = argparse.ArgumentParser(
-        prog=f"fms-plan {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"fms-plan {name.replace('_', ' --compat ')}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
     code: int = module.run(parser.parse_args(words))

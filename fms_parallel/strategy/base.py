@@ -30,6 +30,8 @@ class Parallel:
     """The `Pipeline` that runs a model cut into stages, or None."""
     elsewhere: frozenset[str] = frozenset()
     """Names of the parameters that only other stages hold."""
+    context: Any = None
+    """The `ContextStrategy` that cuts rows into parts, or None."""
 
     @property
     def ranks_per_stage(self) -> int:

@@ -17,11 +17,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from fms_parallel.distributed.mesh import build_mesh, shard_mesh
+from fms_parallel.distributed.mesh import build_mesh, replica_mesh, shard_mesh
 from fms_parallel.errors import LayoutError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.modules.embedding import Embedding
 from fms_parallel.strategy.base import Parallel, repeated_blocks
+from fms_parallel.strategy.context import ContextStrategy, refuse_without_context
 from fms_parallel.strategy.fsdp import FullyShardStrategy, ReplicateStrategy
 from fms_parallel.strategy.materialise import initialise, materialise
 from fms_parallel.strategy.pipeline import Pipeline, PipelineStrategy, refuse_forward
@@ -57,6 +58,7 @@ def compose(
         LayoutError: an axis that no strategy implements, or a model that cannot be cut this way.
     """
     refuse_unimplemented(layout)
+    refuse_without_context(type(model), layout)
     names = frozenset(model.state_dict())
     device = device or torch.device("cpu")
     if layout.world_size > 1 and mesh is None:
@@ -71,6 +73,10 @@ def compose(
     if mesh is not None:
         tensor = TensorParallelStrategy(mesh["tp"], sp=layout.sp, loss_parallel=layout.loss_parallel, plan=plan)
         model = tensor.distribute(model)
+    context: ContextStrategy | None = None
+    if mesh is not None and layout.cp > 1:
+        context = ContextStrategy(mesh, layout)
+        model = context.distribute(model)
     model = RecomputeStrategy(layout).distribute(model)
     if compile_blocks:
         _compile(model)
@@ -84,7 +90,7 @@ def compose(
         runner = Pipeline(model, stages, pipeline, device, activations)
         refuse_forward(model)
     elsewhere = names - frozenset(model.state_dict())
-    model.parallel = Parallel(layout, mesh, runner, elsewhere)  # type: ignore[assignment]
+    model.parallel = Parallel(layout, mesh, runner, elsewhere, context)  # type: ignore[assignment]
     if fresh:
         (fill or _initialise(seed))(model)
     return model
@@ -93,7 +99,6 @@ def compose(
 def refuse_unimplemented(layout: ParallelLayout) -> None:
     """Name every word of the layout that no strategy implements yet; call it before a process group starts."""
     missing = {
-        f"cp={layout.cp}": layout.cp > 1,
         f"offload={layout.offload}": layout.offload not in ("none", "params"),
         "offload=params without fsdp": layout.offload == "params" and layout.fsdp == 1,
     }
@@ -111,8 +116,8 @@ def _shard(model: nn.Module, layout: ParallelLayout, mesh: DeviceMesh | None) ->
             # A stage runs many micro-batches between two updates: it would gather for each.
             free_after_forward=layout.pp == 1,
         ).distribute(model)
-    elif mesh is not None and layout.dp > 1:
-        ReplicateStrategy(mesh["dp"], precision=layout.precision).distribute(model)
+    elif mesh is not None and layout.gradient_ranks > 1:
+        ReplicateStrategy(replica_mesh(mesh), precision=layout.precision).distribute(model)
     elif layout.precision == "bf16":
         _compute_in(model, torch.bfloat16, required=layout.pp == 1)
 

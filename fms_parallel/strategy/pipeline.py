@@ -22,6 +22,7 @@ from fms_parallel.modules.loss import IGNORE
 from fms_parallel.modules.sequences import DropoutKey
 from fms_parallel.schedules import SCHEDULES
 from fms_parallel.strategy.base import Strategy
+from fms_parallel.strategy.context import context_of
 from fms_parallel.strategy.stages import Stage, cut, make_stages, split_blocks
 
 
@@ -79,7 +80,7 @@ class Pipeline:
         """Forward and backward over the schedule; gradients of `scale * loss` accumulate into `.grad`.
 
         Args:
-            batch: `input_ids` and `labels`, `[B, S]`, the same on every rank of the pipeline.
+            batch: `input_ids` and `labels`, `[B, S]`, the same on every rank of the pipeline; with cp this rank's part.
             key: names the random bits of this batch.
         Returns:
             the loss summed over this batch's tokens on ranks with the last stage, zero elsewhere; detached.
@@ -111,13 +112,15 @@ class Pipeline:
     def _run(self, batch: Any, scale: float, key: DropoutKey | None, *, train: bool) -> Tensor:
         ids, labels = _padded(batch.input_ids, self.layout.pieces, 0), _padded(batch.labels, self.layout.pieces, IGNORE)
         named = {"labels": labels}
+        context = context_of(batch)
         if key is not None:
             # Tensors, because torch cuts those into micro-batches as it cuts the rows.
-            named["first_token"] = torch.arange(len(ids)).mul_(ids.shape[1]).add_(key.first_token)
+            whole = ids.shape[1] if context is None else context.length
+            named["first_token"] = torch.arange(len(ids)).mul_(whole).add_(key.first_token)
             named["seed"] = torch.full((len(ids),), key.seed)
         self._scale, self._sums = scale, torch.zeros((), dtype=torch.float64, device=self.device)
         for stage in self.stages:
-            stage.micro_batch = 0
+            stage.micro_batch, stage.context = 0, context
         schedule = self._schedule(len(ids) // self.layout.pieces, ids.shape[1])
         arguments = (ids,) if self.is_first else ()
         target, losses = (labels, []) if self.is_last else (None, None)

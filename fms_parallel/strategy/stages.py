@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fms_parallel.errors import LayoutError, TrainingError
 from fms_parallel.layout import ParallelLayout
+from fms_parallel.modules.context import Context, positions_of
 from fms_parallel.modules.sequences import DropoutKey
 from fms_parallel.schedules import SCHEDULES
 from fms_parallel.strategy.base import repeated_blocks
@@ -37,7 +38,7 @@ class Stageable(Protocol):
     """E: of what blocks hand on."""
 
     def sequences(self, batch: int, length: int, positions: Tensor, first_position: int = 0, **more: Any) -> Any:
-        """What every block is told about B sequences of S tokens; `more` may hold `dropout`."""
+        """What every block is told about B sequences of S tokens; `more`: `dropout`, `context`."""
         ...
 
     def enter(self, input_ids: Tensor, seq: Any) -> Tensor:
@@ -50,7 +51,11 @@ class Stageable(Protocol):
 
 
 class Stage(nn.Module):
-    """The modules of one stage, and how to run them. The model object itself runs nothing and keeps the names."""
+    """The modules of one stage, and how to run them. The model object itself runs nothing and keeps the names.
+
+    Attributes:
+        micro_batch: the next one to run. context: what longer sequences its rows are parts of, or None.
+    """
 
     def __init__(
         self,
@@ -66,6 +71,7 @@ class Stage(nn.Module):
         self.before, self.blocks, self.after = nn.ModuleDict(before), nn.ModuleList(blocks), nn.ModuleDict(after)
         self._model = (model,)  # in a tuple: not a child
         self.micro_batch = 0
+        self.context: Context | None = None
 
     def forward(
         self, x: Tensor, labels: Tensor, first_token: Tensor | None = None, seed: Tensor | None = None
@@ -92,7 +98,8 @@ class Stage(nn.Module):
         model: Any = self._model[0]
         batch, length = labels.shape
         key = None if first_token is None or seed is None else DropoutKey(int(seed[0]), int(first_token[0]))
-        seq = model.sequences(batch, length, torch.arange(length, device=x.device), dropout=key)
+        positions = positions_of(length, 0, self.context, x.device)
+        seq = model.sequences(batch, length, positions, dropout=key, context=self.context)
         if self.is_first:
             x = model.enter(x, seq)
         for block in self.blocks:
@@ -134,10 +141,10 @@ def make_stages(
     Raises:
         LayoutError: first and last stage are on one rank, share a weight, and it is to be sharded or replicated twice.
     """
-    if shared and SCHEDULES[layout.schedule].shape == "v" and layout.data_parallel > 1:
+    if shared and SCHEDULES[layout.schedule].shape == "v" and layout.gradient_ranks > 1:
         raise LayoutError(
             f"schedule={layout.schedule} puts the first and the last stage on one rank, where they share {shared[0]}: "
-            "torch shards a weight once. Use another schedule, an untied head, or no dp and fsdp."
+            "torch shards a weight once. Use another schedule, an untied head, or no dp, fsdp and cp."
         )
     before, _, after = _parts(model)
     blocks = dict(repeated_blocks(model))

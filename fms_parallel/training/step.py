@@ -22,6 +22,7 @@ from fms_parallel.errors import TrainingError
 from fms_parallel.modules.loss import IGNORE
 from fms_parallel.modules.sequences import DropoutKey
 from fms_parallel.strategy.base import parallel_of
+from fms_parallel.strategy.context import context_of, share_of
 from fms_parallel.training.gradients import check_every_gradient, clip_gradients_, complete_gradients, squared_norm
 
 
@@ -61,16 +62,36 @@ LossFunction = Callable[[nn.Module, TokenBatch, DropoutKey | None], Tensor]
 def model_loss(model: nn.Module, batch: TokenBatch, key: DropoutKey | None) -> Tensor:
     """For models that compute their own summed loss, as all of `fms_parallel.models` do."""
     options: dict[str, Any] = {} if key is None else {"dropout": key}
-    loss: Tensor = model(batch.input_ids, labels=batch.labels, **options)
+    loss: Tensor = model(batch.input_ids, labels=batch.labels, **options, **_told(batch))
     return loss
 
 
 def logits_loss(model: nn.Module, batch: TokenBatch, key: DropoutKey | None) -> Tensor:
     """For any module that maps `input_ids [B, S]` to logits `[B, S, V]` (or to something with `.logits`)."""
-    out = model(batch.input_ids)
+    out = model(batch.input_ids, **_told(batch))
     logits = getattr(out, "logits", out)
     wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
     return torch.nn.functional.cross_entropy(wide, batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def _told(batch: TokenBatch) -> dict[str, Any]:
+    """What a model must know of rows that are parts of longer ones."""
+    context = context_of(batch)
+    return {} if context is None else {"context": context}
+
+
+def check_loss_function(model: nn.Module, loss_function: LossFunction) -> None:
+    """Raises TrainingError for a loss function of the caller's own where it would not see what it expects."""
+    parallel = parallel_of(model)
+    if parallel.pipeline is not None and loss_function is not model_loss:
+        raise TrainingError(
+            "a loss_function of its own does not run over pipeline stages: the last stage has the loss."
+        )
+    if parallel.context is not None and loss_function not in (model_loss, logits_loss):
+        raise TrainingError(
+            "a loss_function of its own does not run with cp: a rank has a part of every row. Use model_loss or "
+            "logits_loss, or a layout without cp."
+        )
 
 
 def dropout_keys(batches: Sequence[TokenBatch], seed: int, shard: int) -> list[DropoutKey | None]:
@@ -126,15 +147,13 @@ def backward(
     Returns:
         this rank's summed loss, detached.
     """
-    # FSDP2 averages gradients over the ranks that read different rows; the loss is a sum over them.
-    scale = parallel_of(model).layout.data_parallel / tokens
+    # FSDP2 averages gradients over the ranks that see different tokens; the loss is a sum over them.
+    scale = parallel_of(model).layout.gradient_ranks / tokens
     total = None
     pipeline = parallel_of(model).pipeline
-    if pipeline is not None and loss_function is not model_loss:
-        raise TrainingError(
-            "a loss_function of its own does not run over pipeline stages: the last stage has the loss."
-        )
-    for index, batch in enumerate(batches):
+    check_loss_function(model, loss_function)
+    for index, whole in enumerate(batches):
+        batch = share_of(model, whole)
         key = keys[index] if keys else None
         with _gradient_sync(model, last=index == len(batches) - 1):
             if pipeline is not None:
@@ -154,8 +173,8 @@ def summarise(model: nn.Module, loss_sum: Tensor, tokens: int) -> tuple[Tensor, 
     """(mean loss, gradient norm) of the step over the whole job: one collective."""
     parallel = parallel_of(model)
     layout, norm = parallel.layout, squared_norm(model)
-    # Every rank that finds out the loss of the same rows tells its part of it.
-    weight = layout.data_parallel / parallel.ranks_per_stage if parallel.runs_last_stage else 0.0
+    # Every rank that finds out the loss of the same tokens tells its part of it.
+    weight = layout.gradient_ranks / parallel.ranks_per_stage if parallel.runs_last_stage else 0.0
     both = torch.stack([loss_sum.to(norm.dtype) * weight, norm])
     if layout.world_size > 1:
         dist.all_reduce(both)

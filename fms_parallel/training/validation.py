@@ -12,7 +12,8 @@ from fms_parallel.data.feed import Batch
 from fms_parallel.data.rows import IGNORE, RowDataset
 from fms_parallel.distributed.mesh import data_shard
 from fms_parallel.strategy.base import parallel_of
-from fms_parallel.training.step import LossFunction, model_loss, to_device
+from fms_parallel.strategy.context import share_of
+from fms_parallel.training.step import LossFunction, check_loss_function, model_loss, to_device
 
 
 @torch.no_grad()
@@ -30,19 +31,21 @@ def evaluate(
     Args:
         batch_size: rows of one forward over all ranks that read different rows.
     """
+    check_loss_function(model, loss_function)
     parallel = parallel_of(model)
     was_training = model.training
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64)
     for batch in _batches(data, min(rows or len(data), len(data)), batch_size, data_shard(parallel.mesh)):
-        moved = to_device(batch, device)
-        loss = loss_function(model, moved, None) if parallel.pipeline is None else parallel.pipeline.evaluate(moved)
-        totals += torch.tensor([float(loss), batch.tokens * parallel.runs_last_stage], dtype=torch.float64)
+        mine = share_of(model, to_device(batch, device))
+        loss = loss_function(model, mine, None) if parallel.pipeline is None else parallel.pipeline.evaluate(mine)
+        tokens = int((mine.labels != IGNORE).sum())
+        totals += torch.tensor([float(loss), tokens * parallel.runs_last_stage], dtype=torch.float64)
     model.train(was_training)
     if parallel.layout.world_size > 1:
         totals = totals.to(device or "cpu")
         dist.all_reduce(totals)
-    # Ranks that read the same rows count them equally often in both sums.
+    # Ranks that see the same tokens count them equally often in both sums.
     return float(totals[0] / totals[1])
 
 

@@ -35,6 +35,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("dp=2,tp=2,sp", MHA),
     ("fsdp=2,tp=2,sp", {}),
     ("fsdp=2,tp=2,sp", {**DROPS, **MHA}),
+    ("pp=2", {}),
+    ("pp=2,schedule=gpipe,microbatches=4", {**DROPS, **MHA, "tied": False}),
+    ("pp=2,tp=2,sp", DROPS),
+    ("pp=2,fsdp=2", MHA),
 ]
 
 

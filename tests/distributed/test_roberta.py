@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fms_parallel.distributed.launch import run_ranks
+from fms_parallel.errors import RankFailed
 from fms_parallel.models import get_model, save_hf
-from tests.distributed.comparison import check, ranks_of
+from tests.distributed.comparison import check, compare, ranks_of
 
 # Odd on purpose: 97 ids and 63 features divide by nothing. Random tokens are padding (1) now and then.
 TINY = {
@@ -56,6 +57,12 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 )
 def test_fp64_matches_one_process(architecture: str, layout: str, config: dict[str, Any]) -> None:
     check(architecture, layout, TINY | config)
+
+
+def test_pipeline_stages_are_refused_by_name() -> None:
+    """Later stages would not know which tokens are padding."""
+    with pytest.raises(RankFailed, match=r"LayoutError: pp: RobertaMaskedLM cannot be cut into stages"):
+        run_ranks(compare, 2, "roberta", "pp=2", TINY, "fp64", 1)
 
 
 def outputs(layout: str, folder: str, ids: Tensor) -> tuple[Tensor, bool]:

@@ -41,7 +41,9 @@ def as_saved(theirs: nn.Module) -> Any:
             found[f"{moe}.{rest}"] = parameter.grad
         elif rest == "experts.gate_up_proj":
             for expert, grad in enumerate(parameter.grad):
-                found |= {f"{moe}.experts.{expert}.w{n}.weight": half for n, half in zip("13", grad.chunk(2), strict=True)}
+                found |= {
+                    f"{moe}.experts.{expert}.w{n}.weight": half for n, half in zip("13", grad.chunk(2), strict=True)
+                }
         elif rest == "experts.down_proj":
             found |= {f"{moe}.experts.{expert}.w2.weight": grad for expert, grad in enumerate(parameter.grad)}
         else:

@@ -16,7 +16,7 @@ TOLERANCE = 1e-5
 
 
 def shaken(model: nn.Module, folder: Path, seed: int = 0) -> nn.Module:
-    """A transformers model without a constant parameter, saved to `folder`: zero biases and unit norms hide mistakes."""
+    """A transformers model without a constant parameter (zero biases hide mistakes), saved to `folder`."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -32,8 +32,8 @@ def relative(one: Tensor, other: Tensor, scale: float = 0.0) -> float:
 def gradient_errors(ours: nn.Module, theirs: nn.Module, adapter: Adapter) -> dict[str, float]:
     """Relative error of every gradient, by their names.
 
-    Gradients are shaped like weights, so the adapter carries them over. Those that are zero in exact arithmetic (a key's
-    bias, that of scores over positions) are nothing but rounding: compared on the scale of the model.
+    Gradients are shaped like weights, so the adapter carries them over. Those that are zero in exact arithmetic (a
+    key's bias, that of scores over positions) are nothing but rounding: compared on the scale of the model.
     """
     tensors = {n: MemoryTensor(_gradient(p)) for n, p in ours.named_parameters()}
     for name, parameter in ours.named_parameters(remove_duplicate=False):

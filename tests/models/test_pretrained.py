@@ -85,7 +85,7 @@ def test_an_impossible_request_gets_a_sentence(
     folder: Path, arguments: tuple[Any, ...], options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(FmsError, match=words):
-        get_model(*tuple(str(folder) if word == "FOLDER" else word for word in arguments), **options)
+        get_model(*tuple(str(folder) if word == "FOLDER" else word for word in arguments), **options)  # type: ignore[arg-type]
 
 
 def test_a_folder_without_weights_is_named(folder: Path) -> None:

@@ -37,7 +37,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "relu, one token type": {"hidden_act": "relu", "type_vocab_size": 1},
     "another padding id": {"pad_token_id": 5},
 }
-CASES = [(name, kind) for name in ARCHITECTURES for kind in KINDS if (name, kind) != ("roberta_classification", "untied")]
+CASES = [
+    (name, kind) for name in ARCHITECTURES for kind in KINDS if (name, kind) != ("roberta_classification", "untied")
+]
 
 
 def theirs(folder: Path, family: str, task: TaskKeys, **options: Any) -> Any:
@@ -225,7 +227,12 @@ def test_configs_of_the_published_form_are_read() -> None:
     bert = {
         **{"architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": 30522, "hidden_size": 768},
         **{"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1, "hidden_act": "gelu"},
-        **{"initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-12, "gradient_checkpointing": False},
+        **{
+            "initializer_range": 0.02,
+            "intermediate_size": 3072,
+            "layer_norm_eps": 1e-12,
+            "gradient_checkpointing": False,
+        },
         **{"max_position_embeddings": 512, "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0},
         **{"type_vocab_size": 2, "position_embedding_type": "absolute", "use_cache": True},
     }

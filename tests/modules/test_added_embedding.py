@@ -17,7 +17,9 @@ def table(**options: object) -> AddedEmbedding:
 def test_a_row_is_added_to_each_token(shape: tuple[int, ...]) -> None:
     module, x = table(), torch.randn(2, 3, 4, dtype=torch.float64)
     ids = torch.randint(5, shape)
-    expected = torch.stack([torch.stack([x[b, s] + module.weight[ids.expand(2, 3)[b, s]] for s in range(3)]) for b in (0, 1)])
+    expected = torch.stack(
+        [torch.stack([x[b, s] + module.weight[ids.expand(2, 3)[b, s]] for s in range(3)]) for b in (0, 1)]
+    )
     torch.testing.assert_close(module(x, ids, Sequences(2, 3)), expected)
 
 

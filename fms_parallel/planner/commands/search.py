@@ -2,6 +2,8 @@
 
 fms-plan search --model llama:3.1-70b --gpus h100:64 --global-batch 1024 --seq 8192
 fms-plan search ... --pin "tp<=8" --exclude cp --max-micro-batch 2 --json
+fms-plan search --compat tpe --help      as transformer-perf-estimates does
+fms-plan search --compat fasop --help    as FASOP does
 """
 
 from __future__ import annotations

@@ -93,8 +93,8 @@ def timed(layer: Layer, system: System, backward: bool, compat: bool) -> Timed:
 # ---- building blocks ------------------------------------------------------------------------------------------------
 
 
-def _linear(name: str, tokens: Any, i: Any, o: Any, full: tuple[Any, Any], exchanges: Any) -> Layer:
-    """(tokens, i) x (i, o), both local; `full`: unused by the formulas, kept by the caller for exchanges."""
+def _linear(name: str, tokens: Any, i: Any, o: Any, exchanges: Any) -> Layer:
+    """(tokens, i) x (i, o), sizes of one shard."""
     fwd = tokens * o * (2 * i - 1)
     bwd = tokens * i * (2 * o - 1) + i * o * (2 * tokens - 1)
     moved = (tokens * i + tokens * o + i * o) * E
@@ -162,10 +162,10 @@ def _shared(model: Model, system: System, g: Grid, sequence: bool, compat: bool)
         return [Exchange(kind, whole, g.m1, g.t1)]
 
     def col(name: str, o: int) -> Layer:
-        return _linear(name, tokens, e, o // g.m1, (e, o), ([], over_heads("reducescatter")))
+        return _linear(name, tokens, e, o // g.m1, ([], over_heads("reducescatter")))
 
     def row(name: str, i: int) -> Layer:
-        return _linear(name, tokens, i // g.m1, e, (i, e), (over_heads("reducescatter"), []))
+        return _linear(name, tokens, i // g.m1, e, (over_heads("reducescatter"), []))
 
     kv = np.asarray(2 * g.b * (model.h // g.m1) * l * (e // model.h) * E, dtype=float)
     keys = [Exchange("allgather", kv, g.m2, g.t2)]
@@ -173,7 +173,11 @@ def _shared(model: Model, system: System, g: Grid, sequence: bool, compat: bool)
     between = (over_heads("allgather"), over_heads("reducescatter"))
     if sequence or not compat:
         second = _bias("fc2-bias", outside, np.asarray(e))
-        third = _bias("vproj-bias", tokens, e // g.m1) if sequence and compat else _bias("vproj-bias", outside, np.asarray(e))
+        third = (
+            _bias("vproj-bias", tokens, e // g.m1)
+            if sequence and compat
+            else _bias("vproj-bias", outside, np.asarray(e))
+        )
     else:
         second, third = _bias("fc2-bias", tokens, np.asarray(e)), _bias("vproj-bias", tokens, np.asarray(e))
     return [

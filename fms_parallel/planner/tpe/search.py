@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fms_parallel.errors import ConfigError, unknown
-from fms_parallel.planner.tpe.layers import BLOCKS
+from fms_parallel.layout import ParallelLayout
+from fms_parallel.planner.tpe.layers import BLOCKS, Grid, timed
 from fms_parallel.planner.tpe.system import Model, System
 from fms_parallel.planner.tpe.totals import Configurations, Totals, totals
 
@@ -23,6 +24,8 @@ Array = NDArray[Any]
 
 SMALLEST = 128
 """Rows and columns of a shard below which the seed does not look."""
+LARGEST = 1 << 16
+"""Devices up to which a larger cluster is tried."""
 PANEL = 512
 """Columns of a SUMMA panel below which the seed does not look."""
 
@@ -37,6 +40,7 @@ class Found:
     configurations: Configurations
     totals: Totals
     strategy: str
+    batch: int
 
     def rows(self) -> list[dict[str, Any]]:
         """Plain dictionaries: `dp tp pp mbs` (and `tp1 tp2 nb`), `t`, `mem`, `throughput`, the parts."""
@@ -45,6 +49,7 @@ class Found:
     def _row(self, i: int) -> dict[str, Any]:
         c = {f.name: int(getattr(self.configurations, f.name)[i]) for f in fields(Configurations)}
         row: dict[str, Any] = {"dp": c["dp"], "tp": c["tp1"] * c["tp2"], "pp": c["pp"], "mbs": c["mbs"]}
+        row["micros"] = self.batch // c["dp"] // c["mbs"]
         if self.strategy != "1d":
             row |= {"tp1": c["tp1"], "tp2": c["tp2"]}
         if self.strategy == "2d-summa":
@@ -77,7 +82,7 @@ def search(
     fits = np.flatnonzero(found.mem <= system.hbm_capacity)
     best = fits[np.argsort(-found.throughput[fits], kind="stable")[:top]]
     chosen = Totals(**{f.name: getattr(found, f.name)[best] for f in fields(Totals)})
-    return Found(len(every), len(fits), time.perf_counter() - began, every.take(best), chosen, strategy)
+    return Found(len(every), len(fits), time.perf_counter() - began, every.take(best), chosen, strategy, batch)
 
 
 def candidates(model: Model, system: System, strategy: str, gpus: int, batch: int) -> Configurations:
@@ -151,6 +156,50 @@ def _placements(domain: int, degrees: tuple[int, int, int, int], flat: bool) -> 
         if not (free[0] % a or free[1] % b or free[2] % c or free[3] % (domain // (a * b * c)))
     ]
     return np.array(rows, dtype=np.int64).reshape(-1, 4)
+
+
+def nothing_fits(model: Model, system: System, strategy: str, gpus: int, batch: int) -> ConfigError:
+    """The error for a model that fits in no configuration: the smallest cluster that would hold it."""
+    larger = gpus
+    while larger < LARGEST:
+        larger *= 2
+        every = candidates(model, system, strategy, larger, batch)
+        if len(every) and (totals(model, system, strategy, batch, every, True).mem <= system.hbm_capacity).any():
+            return ConfigError(
+                f"{model.name} fits on {gpus} {system.name} in no configuration: it would on --num-gpus {larger} "
+                f"(the smallest that works when doubling)."
+            )
+    return ConfigError(
+        f"{model.name} fits on {gpus} {system.name} in no configuration, nor on up to {LARGEST} of them with a batch "
+        f"of {batch}: take a system with more than {system.hbm_capacity} GB."
+    )
+
+
+def layer_rows(model: Model, system: System, strategy: str, found: Found, compat: bool) -> list[dict[str, Any]]:
+    """Every layer of the best configuration: seconds by direction and kind, TFLOP, GB."""
+    c = found.configurations.take(slice(0, 1))
+    rows = []
+    for layer in BLOCKS[strategy](model, system, Grid(c.tp1, c.tp2, c.nv1, c.nv2, c.mbs, c.nb), compat):
+        row: dict[str, Any] = {"name": layer.name}
+        for word, backward in (("fwd", False), ("bwd", True)):
+            one = timed(layer, system, backward, compat)
+            seconds = {"": one.total, "_comp": one.compute, "_mem": one.memory, "_comm": one.exchange}
+            row |= {f"t_{word}{kind}": _number(value) for kind, value in seconds.items()}
+            row[f"flops_{word}"] = _number(layer.flops[backward]) * 1e-12
+        row |= {"weights_mem": _number(layer.weights), "activation_buffer": _number(layer.buffer)}
+        rows.append(row)
+    return rows
+
+
+def _number(value: Any) -> float:
+    return float(np.asarray(value, dtype=float).reshape(-1)[0])
+
+
+def layout_of(row: Mapping[str, Any]) -> str:
+    """The nearest layout of this library: tp2 of the sequence form is cp, ZeRO-1 over dp is fsdp."""
+    tp, cp = (row["tp1"], row["tp2"]) if "tp1" in row and "nb" not in row else (row["tp"], 1)
+    micros = {"microbatches": row["micros"]} if row["pp"] > 1 else {}
+    return str(ParallelLayout(pp=row["pp"], fsdp=row["dp"], cp=cp, tp=tp, sp=tp > 1, precision="bf16", **micros))
 
 
 def parts(row: Mapping[str, Any]) -> dict[str, float]:

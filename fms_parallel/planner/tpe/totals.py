@@ -1,6 +1,6 @@
 """From layers to a step: pipeline, data parallelism, memory. It knows configurations; it enumerates none.
 
-    t = (forward + backward) * micro-batches * blocks of a stage + sends + bubble + what data parallelism does not hide
+t = (forward + backward) * micro-batches * blocks of a stage + sends + bubble + what data parallelism does not hide
 """
 
 from __future__ import annotations

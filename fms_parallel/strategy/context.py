@@ -1,0 +1,83 @@
+"""`ContextStrategy`: context parallelism, where the ranks of an axis hold parts of the same rows.
+
+Nothing in the model is replaced: its forward is told a `Context`, and attention does the rest. Parameters are whole on
+every rank as far as cp is concerned, so FSDP cuts and averages over cp as it does over the ranks with other rows
+(`shard_mesh`). Where a batch becomes a rank's part is `share_of`, called once per micro-batch by training.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from fms_parallel.distributed.mesh import context_axis
+from fms_parallel.errors import LayoutError
+from fms_parallel.layout import ParallelLayout
+from fms_parallel.modules.attention import Attention
+from fms_parallel.modules.context import Context
+from fms_parallel.modules.context_attention import check_ulysses
+from fms_parallel.modules.loss import IGNORE
+from fms_parallel.strategy.base import Strategy, parallel_of
+
+
+class ContextStrategy(Strategy):
+    """The sequence axis of a model.
+
+    Args:
+        mesh: with a cp dimension. layout: its cp method.
+    """
+
+    def __init__(self, mesh: DeviceMesh, layout: ParallelLayout) -> None:
+        self.layout, self.axis = layout, context_axis(mesh)
+
+    def distribute(self, model: nn.Module) -> nn.Module:
+        """Check that `model` can be told about its context; it stays as it is.
+
+        Raises:
+            LayoutError: its forward takes no `context`, or heads that ulysses cannot hand out.
+        """
+        refuse_without_context(type(model), self.layout)
+        if self.layout.cp_method == "ulysses":
+            for module in model.modules():
+                if isinstance(module, Attention):
+                    check_ulysses(module.shape.heads // self.layout.tp, self.axis.size)
+        return model
+
+    def share(self, batch: Any) -> ContextBatch:
+        """This rank's part of a batch, `[B, S]` -> `[B, held]`."""
+        context = Context(self.axis, self.layout.cp_method, batch.input_ids.shape[1])
+        ids, labels = context.cut(batch.input_ids, 1), context.cut(batch.labels, 1, fill=IGNORE)
+        return ContextBatch(ids, labels, context)
+
+
+@dataclass(frozen=True)
+class ContextBatch:
+    """A part of every row of a batch: ids and labels `[B, held]`, padded with 0 and -100."""
+
+    input_ids: Tensor
+    labels: Tensor
+    context: Context
+
+
+def share_of(model: nn.Module, batch: Any) -> Any:
+    """What this rank reads of a batch: all of it, or with cp a part of every row."""
+    strategy = parallel_of(model).context
+    return batch if strategy is None else strategy.share(batch)
+
+
+def context_of(batch: Any) -> Context | None:
+    """What longer sequences the rows of a batch are parts of; None: they are whole."""
+    return getattr(batch, "context", None)
+
+
+def refuse_without_context(model: Any, layout: ParallelLayout) -> None:
+    """Raises LayoutError when cp is asked of a class whose forward takes no `context`; other callables pass."""
+    if layout.cp > 1 and isinstance(model, type) and "context" not in inspect.signature(model.forward).parameters:
+        raise LayoutError(
+            f"cp={layout.cp}: {model.__name__} computes whole sequences only, its forward takes no `context`. Use "
+            "dp, fsdp or tp, or hand a `context` on to `Sequences` as LLaMA does."
+        )
