@@ -311,7 +311,7 @@ def main() -> int:
         for row in args.row or ROWS:
             table[row] = measure_row(row, size, folder, args.steps, memory=not args.no_memory)
             if not args.json:
-                print_row(row, table[row])
+                print_row(row, table[row], table.get("one rank", {}))
     if args.json:
         print(json.dumps({"size": asdict(size), "steps": args.steps, "rows": table}))
     return 0
@@ -331,19 +331,20 @@ def measure_row(row: str, size: Size, folder: str, steps: int, memory: bool) -> 
     return {name: found.get(name, cost) for name, cost in costs.items()}
 
 
-def print_row(row: str, numbers: dict[str, Any]) -> None:
-    """A few lines; ratios are to the first contestant that is not ours."""
+def print_row(row: str, numbers: dict[str, Any], one_rank: dict[str, Any]) -> None:
+    """A few lines, with the ratio to the first peer of the row and to the same library's one rank."""
     peer = next((n for name, n in numbers.items() if not name.startswith("ours") and isinstance(n, dict)), None)
-    print(f"{row}")
+    print(f"{row:<42} CPU s    wall s   to peer   to own one rank")
     for name, found in numbers.items():
         if isinstance(found, str):
-            print(f"  {name:<20} did not run: {found}")
+            print(f"  {name:<36} did not run: {found}")
             continue
-        ratio = f"{found['cpu_s'] / peer['cpu_s']:.2f}" if peer else "-"
-        peak = f"{found['peak_MiB']:7.0f} MiB/rank" if "peak_MiB" in found else ""
-        print(
-            f"  {name:<20} {found['cpu_s']:7.3f} CPU s   {found['wall_s']:7.3f} s   {ratio:>5} x   {peak}", flush=True
-        )
+        alone = one_rank.get("ours" if name.startswith("ours") else "transformers")
+        to_peer = f"{found['cpu_s'] / peer['cpu_s']:.2f} x" if peer else ""
+        to_own = f"{found['cpu_s'] / alone['cpu_s']:.2f} x" if isinstance(alone, dict) else ""
+        peak = f"{found['peak_MiB']:.0f} MiB/rank" if "peak_MiB" in found else ""
+        times = f"{found['cpu_s']:9.3f} {found['wall_s']:9.3f}"
+        print(f"  {name:<36}{times} {to_peer:>9} {to_own:>9}   {peak:>14}", flush=True)
 
 
 if __name__ == "__main__":

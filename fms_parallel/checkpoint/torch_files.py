@@ -76,9 +76,9 @@ class MappedTensor(LazyTensor):
 
 
 def _check_archive(path: Path) -> None:
-    """torch trusts the archive's own tables: a flipped bit there, or in the pickle, can place other elements in a tensor.
+    """torch trusts the archive's tables: a flipped bit there, or in the pickle, could put other elements in a tensor.
 
-    Everything but the elements is compared with its check sum, and where elements begin and end with what is around them.
+    All but the elements is compared with its check sum, and where elements begin and end with what is around them.
     """
     try:
         with path.open("rb") as file, ZipFile(path) as archive:
@@ -97,13 +97,13 @@ def _check_archive(path: Path) -> None:
 
 
 def _adds_up(file: BinaryIO, info: ZipInfo, end: int) -> bool:
-    """Whether a record's header, name, extra field, content and trailing sizes (0, 16 or 24 bytes) reach just to `end`."""
+    """Whether header, name, extra field, content and trailing sizes (0, 16 or 24 bytes) of a record reach to `end`."""
     file.seek(info.header_offset + 26)
     name, extra = unpack("<HH", file.read(4))
     file.seek(name, SEEK_CUR)
-    rest = file.read(extra)
-    while len(rest) >= 4 + (length := unpack("<H", rest[2:4])[0] if len(rest) >= 4 else 0):
-        rest = rest[4 + length :]  # (identity, length, content), one after the other
+    rest = file.read(extra)  # pieces of (identity, length, content), each length 2 bytes
+    while len(rest) >= 4 and len(rest) >= (piece := 4 + unpack("<H", rest[2:4])[0]):
+        rest = rest[piece:]
     return not rest and end - (info.header_offset + 30 + name + extra + info.compress_size) in (0, 16, 24)
 
 

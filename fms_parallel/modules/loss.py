@@ -69,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         d_x = torch.empty_like(x) if need_x else None
         d_w = torch.zeros_like(weight, dtype=wide) if need_w else None
-        d_b = torch.zeros_like(bias, dtype=wide) if need_b else None
+        d_b = torch.zeros_like(bias, dtype=wide) if need_b and bias is not None else None
         total = torch.zeros((), dtype=wide, device=x.device)
         rows = max(1, _CHUNK_ELEMENTS.get(x.device.type, 1 << 21) // max(1, weight.shape[0]))
         for start in range(0, x.shape[0], rows):
