@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
-from fms_parallel.errors import LayoutError
+from fms_parallel.errors import LayoutError, TrainingError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.modules.loss import IGNORE
 from fms_parallel.modules.sequences import DropoutKey
@@ -124,10 +124,11 @@ class Pipeline:
         schedule = self._schedule(len(ids) // self.layout.pieces, ids.shape[1])
         arguments = (ids,) if self.is_first else ()
         target, losses = (labels, []) if self.is_last else (None, None)
-        if train:
-            schedule.step(*arguments, target=target, losses=losses, return_outputs=False, **named)
-        else:
-            schedule.eval(*arguments, target=target, losses=losses, return_outputs=False, **named)
+        run = schedule.step if train else schedule.eval
+        try:
+            run(*arguments, target=target, losses=losses, return_outputs=False, **named)
+        except RuntimeError as error:
+            raise _told_by_a_stage(error) from error
         return self._sums
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
@@ -162,6 +163,14 @@ class Pipeline:
             output_args=(loss if stage.is_last else x,),
             group=self.group,
         )
+
+
+def _told_by_a_stage(error: BaseException) -> BaseException:
+    """A stage's own word, which torch wraps in several errors of its own; else the error itself."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, TrainingError):
+        cause = cause.__cause__
+    return cause or error
 
 
 def _padded(tokens: Tensor, pieces: int, fill: int) -> Tensor:
