@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement
 
@@ -20,6 +19,7 @@ from fms_parallel.checkpoint.reshape import Grid, Reversed
 from fms_parallel.errors import ConfigError
 from fms_parallel.modules.added_embedding import AddedEmbedding
 from fms_parallel.modules.attention import Attention, AttentionShape
+from fms_parallel.modules.context import Context, last_position, positions_of
 from fms_parallel.modules.dropout import Dropout
 from fms_parallel.modules.embedding import Embedding, Head
 from fms_parallel.modules.feedforward import FeedForward
@@ -182,6 +182,7 @@ class GPTBigCode(nn.Module):
         cache: KVStore | None = None,
         dropout: DropoutKey | None = None,
         last: int | None = None,
+        context: Context | None = None,
     ) -> Tensor:
         """Logits, or the summed loss.
 
@@ -191,6 +192,7 @@ class GPTBigCode(nn.Module):
             mask: bool `[B, 1, S, T]`, True where a query may attend; None is causal. cache: earlier keys and values.
             dropout: names this forward's random bits; needed in training when the config drops anything.
             last: only the logits of the last so many positions.
+            context: what of longer sequences the S tokens are, when the ranks of cp share them.
         Returns:
             logits `[B, S or last, V]`, or with labels the cross-entropy summed over tokens, in fp32.
         Raises:
@@ -198,8 +200,9 @@ class GPTBigCode(nn.Module):
         """
         batch, length = input_ids.shape
         if positions is None:
-            positions = torch.arange(first_position, first_position + length, device=input_ids.device)
-        seq = self.sequences(batch, length, positions, first_position, mask=mask, cache=cache, dropout=dropout)
+            positions = positions_of(length, first_position, context, input_ids.device)
+        more = {"mask": mask, "cache": cache, "dropout": dropout, "context": context}
+        seq = self.sequences(batch, length, positions, first_position, **more)
         x = self.enter(input_ids, seq)
         for block in self.layers:
             x = block(x, seq)
@@ -214,7 +217,7 @@ class GPTBigCode(nn.Module):
 
     def sequences(self, batch: int, length: int, positions: Tensor, first_position: int = 0, **more: Any) -> Sequences:
         """What every block is told; arguments as of `forward`."""
-        end = first_position + length
+        end = last_position(length, first_position, more.get("context"))
         if end > self.config.max_positions:
             raise ConfigError(f"position {end} is beyond max_positions={self.config.max_positions} of this model.")
         return Sequences(batch, length, positions=positions, **more)

@@ -314,7 +314,7 @@ class RobertaClassification(RobertaBody):
         self.classifier = SequenceClassifier(config.width, config.classes, config.drops, salt, config.std)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **options: Any) -> Tensor:
-        """Logits `[B, C]`; with labels `[B]`, -100 for none, the summed cross-entropy. Options: of `RobertaMaskedLM`."""
+        """Logits `[B, C]`; with labels `[B]`, -100 for none, the summed cross-entropy. Options: `RobertaMaskedLM`."""
         x, seq = self.encode(input_ids, *_options(options))
         logits = self.classifier(x, seq)
         return logits if labels is None else _summed_loss(logits, labels)

@@ -134,7 +134,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
         return None
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} must hold one JSON object, not a {type(raw).__name__}.")

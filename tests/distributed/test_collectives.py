@@ -115,9 +115,12 @@ def run_case(case: Case, axis: Axis, length: int) -> dict[str, Any]:
     before = x.detach().clone()
     y = case.call(x, axis, length)
     weight = draw(0 if case.same_output else axis.rank, tuple(y.shape), 2)
-    (gradient,) = torch.autograd.grad(y, x, weight.clone(), retain_graph=True)
-    (again,) = torch.autograd.grad(y, x, weight.clone())
+    given = weight.clone()
+    (gradient,) = torch.autograd.grad(y, x, given, retain_graph=True)
+    gradient = gradient.clone()  # it may be `given` itself
+    (again,) = torch.autograd.grad(y, x, given)
     assert x.detach().equal(before), "the input was changed"
+    assert given.equal(weight), "the gradient that came in was changed: another branch may need it"
     return {"y": y.detach(), "weight": weight, "x": before, "gradient": gradient, "again": again}
 
 

@@ -13,7 +13,7 @@ from fms_parallel.models import get_model, save_hf
 from tests.distributed.comparison import check, ranks_of
 
 # Odd on purpose: 97 ids and 63 features divide by nothing.
-TINY = {"vocab_size": 97, "width": 32, "layers": 2, "heads": 4, "ffn_width": 63, "max_positions": 64}
+TINY: dict[str, Any] = {"vocab_size": 97, "width": 32, "layers": 2, "heads": 4, "ffn_width": 63, "max_positions": 64}
 MHA: dict[str, Any] = {"multi_query": False}
 DROPS = {"dropout": 0.2, "embedding_dropout": 0.1, "attention_dropout": 0.3}
 
@@ -39,8 +39,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("pp=2,schedule=gpipe,microbatches=4", {**DROPS, **MHA, "tied": False}),
     ("pp=2,tp=2,sp", DROPS),
     ("pp=2,fsdp=2", MHA),
+    ("cp=2", DROPS),
+    ("cp=2,cp_method=ulysses", MHA),
+    ("cp=2,tp=2,sp", {}),
 ]
-
 
 
 @pytest.mark.parametrize(("layout", "config"), CASES, ids=[f"{layout}-{'-'.join(config)}" for layout, config in CASES])

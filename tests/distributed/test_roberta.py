@@ -15,7 +15,7 @@ from fms_parallel.models import get_model, save_hf
 from tests.distributed.comparison import check, compare, ranks_of
 
 # Odd on purpose: 97 ids and 63 features divide by nothing. Random tokens are padding (1) now and then.
-TINY = {
+TINY: dict[str, Any] = {
     **{"vocab_size": 97, "width": 32, "layers": 2, "heads": 4, "ffn_width": 63, "max_positions": 64, "padding_id": 1},
     **{"dropout": 0.0, "attention_dropout": 0.0},
 }
@@ -59,10 +59,17 @@ def test_fp64_matches_one_process(architecture: str, layout: str, config: dict[s
     check(architecture, layout, TINY | config)
 
 
-def test_pipeline_stages_are_refused_by_name() -> None:
-    """Later stages would not know which tokens are padding."""
-    with pytest.raises(RankFailed, match=r"LayoutError: pp: RobertaMaskedLM cannot be cut into stages"):
-        run_ranks(compare, 2, "roberta", "pp=2", TINY, "fp64", 1)
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ("pp=2", "pp: RobertaMaskedLM cannot be cut into stages"),
+        ("cp=2", "cp=2: RobertaMaskedLM computes whole sequences only"),
+    ],
+)
+def test_axes_that_hide_what_is_padding_are_refused_by_name(layout: str, said: str) -> None:
+    """Later stages, and parts of a row, do not know which tokens of it are padding."""
+    with pytest.raises(RankFailed, match=f"LayoutError: {said}"):
+        run_ranks(compare, 2, "roberta", layout, TINY, "fp64", 1)
 
 
 def outputs(layout: str, folder: str, ids: Tensor) -> tuple[Tensor, bool]:

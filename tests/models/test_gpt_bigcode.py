@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from fms_parallel.errors import ConfigError
 from fms_parallel.inference import generate
@@ -42,7 +41,7 @@ def theirs(folder: Path, **options: Any) -> Any:
     return shaken(transformers.GPTBigCodeForCausalLM(transformers.GPTBigCodeConfig(**(TINY | options))), folder)
 
 
-def ours(folder: Path, **overrides: Any) -> nn.Module:
+def ours(folder: Path, **overrides: Any) -> Any:
     return get_model("hf_pretrained", model_path=folder, source=None, **overrides).eval()
 
 
@@ -178,7 +177,7 @@ def test_positions_beyond_the_table_are_errors() -> None:
 
 def test_weights_of_another_activation_are_refused_by_the_config(tmp_path: Path) -> None:
     theirs(tmp_path, activation_function="relu")
-    same = {"vocab_size": 97, "width": 32, "layers": 2, "max_positions": 64}
+    same: dict[str, Any] = {"vocab_size": 97, "width": 32, "layers": 2, "max_positions": 64}
     with pytest.raises(ConfigError, match=r"activation: relu in the file, gelu_pytorch_tanh asked for"):
         get_model("gpt_bigcode", "micro", tmp_path, **same)
     theirs(tmp_path, activation_function="gelu_new", n_inner=128)  # two ways of writing what is asked for

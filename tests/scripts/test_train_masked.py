@@ -1,4 +1,4 @@
-"""The command in one process: hidden tokens, then classification from that checkpoint, and every mistake in a sentence."""
+"""The command in one process: hidden tokens, then classification from there, and one sentence for every mistake."""
 
 from __future__ import annotations
 
