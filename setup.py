@@ -14,7 +14,10 @@ EXTRAS = {
     "ui": ["tqdm"],
     "log": ["tensorboard"],
     "data": ["pyarrow"],
-    "test": ["pytest", "hypothesis", "transformers>=5", "tokenizers", "matplotlib", "pyarrow", "numpy", "setuptools"],
+    "test": [
+        *("pytest", "hypothesis", "transformers>=5", "tokenizers", "accelerate"),
+        *("matplotlib", "pyarrow", "numpy", "setuptools"),
+    ],
     "lint": ["ruff", "mypy"],
     "bench": ["transformers>=5", "accelerate"],
 }
