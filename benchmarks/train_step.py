@@ -64,6 +64,7 @@ ROWS: dict[str, tuple[int, tuple[str, ...]]] = {  # row -> (ranks, contestants)
     "tp": (2, ("ours tp=2", "ours tp=2,sp", "transformers tp")),
     "dp": (2, ("ours dp=2", "transformers ddp")),
     "pp": (2, ("ours pp=2,microbatches=4", "ours pp=2,schedule=gpipe,microbatches=4")),
+    "cp": (2, ("ours cp=2", "ours cp=2,cp_method=allgather", "ours cp=2,cp_method=ulysses")),
 }
 
 
@@ -219,7 +220,7 @@ def measure(names: tuple[str, ...], size: Size, folder: str, steps: int) -> dict
             costs[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     for number in range(steps + 1):
         for name, step in ready.items():
-            ids, labels = rows_of(number, size, rank, world, shared="tp" in name or "pp" in name)
+            ids, labels = rows_of(number, size, rank, world, shared=any(axis in name for axis in ("tp", "pp", "cp")))
             cpu, wall = time.process_time(), time.perf_counter()
             loss = step(ids, labels)
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall

@@ -297,6 +297,11 @@ class ParallelLayout:
                 f"cp={self.cp},cp_method=ulysses with tp={self.tp}: a rank's {shape.heads // self.tp} of {shape.heads} "
                 f"heads do not divide by {self.cp}. Use a cp that divides them, or cp_method=ring."
             )
+        if self.tp > shape.ffn_width:
+            raise LayoutError(
+                f"tp={self.tp} with a feed-forward width of {shape.ffn_width}: a rank would hold nothing of it. "
+                f"Use tp in {_tp_degrees(shape)}."
+            )
         if self.stages > shape.layers:
             raise LayoutError(
                 f"{self.stages} pipeline stages (pp={self.pp} * virtual_stages={self.stages // self.pp}) for "

@@ -229,9 +229,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str] | None = None) -> int:
     """0 when every error is within the tolerance, 1 otherwise."""
     args, others = build_parser().parse_known_args(words)
-    layout = ParallelLayout.parse(args.distributed).resolve(
-        int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    )
+    world = os.environ.get("WORLD_SIZE", "1")
+    layout = ParallelLayout.parse(args.distributed).resolve(int(world), int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     arguments = _factory_arguments(others)
     factory = load_factory(args.factory)
 

@@ -151,7 +151,7 @@ def _layout(word: str | ParallelLayout | None, launch: Launch) -> ParallelLayout
     """None, and a `ParallelLayout` of one process, are one process whatever the launcher started."""
     if word is None or word == "":
         return ParallelLayout()
-    if isinstance(word, ParallelLayout) and set(word.degrees) == {1}:
+    if isinstance(word, ParallelLayout) and word.resolved and word.world_size == 1:
         return word
     world = dist.get_world_size() if dist.is_initialized() else launch.world_size
     return ParallelLayout.parse(word).resolve(world, launch.local_world_size)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fms_parallel.errors import ConfigError
+from fms_parallel.modules.context import last_position
 from fms_parallel.modules.sequences import Sequences
 
 from .hf.llama import Fields, hf_adapter, read_fields, written_fields
@@ -44,10 +45,13 @@ class Mistral(LLaMA):
     def sequences(self, batch: int, length: int, positions: Tensor, first_position: int = 0, **more: Any) -> Sequences:
         """As LLaMA's, with the mask that the window leaves."""
         seq = super().sequences(batch, length, positions, first_position, **more)
-        end = first_position + length
+        end = last_position(length, first_position, seq.context)
         if self.config.window is None or end <= self.config.window:
             return seq
-        seen = window_mask(length, end, self.config.window, positions.device)
+        if seq.context is None:
+            seen = window_mask(length, end, self.config.window, positions.device)
+        else:
+            seen = seq.context.cut(window_mask(end, end, self.config.window, positions.device), -2)
         return replace(seq, mask=seen if seq.mask is None else seq.mask & seen)
 
 

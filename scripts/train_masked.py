@@ -78,11 +78,10 @@ class Plan:
     """What is trained on which rows.
 
     Attributes:
-        overrides: the whole config, or what to replace of the variant's. fill: writes the weights, when it is not the
-            registry's business. labels: names of the classes.
+        overrides: of the config. fill: writes the weights where a new head is put on another task's body; overrides are
+            the whole config then. labels: names of the classes.
     """
 
-    tokenizer: Tokenizer
     training: RowDataset
     validation: RowDataset | None
     overrides: dict[str, Any]
@@ -108,16 +107,15 @@ def train_with(
     with process_group(args.device_type, args.timeout) as launch:
         log_to_stderr(logging.INFO, launch.rank)
         plan = PLANS[args.task](args, options, launch, overrides)
+        files = {"variant": args.variant, "model_path": args.model_path, "source": args.checkpoint_format}
         model = get_model(
             TASKS[args.task] if plan.fill else args.architecture,
-            None if plan.fill else args.variant,
-            None if plan.fill else args.model_path,
-            None if plan.fill else args.checkpoint_format,
-            args.device_type,
+            device_type=args.device_type,
             distributed_strategy=layout,
             seed=options.seed,
             compile_blocks=args.compile,
             fill=plan.fill,
+            **({} if plan.fill else files),
             **plan.overrides,
         )
         progress = None
@@ -196,7 +194,6 @@ def plan_masked(args: argparse.Namespace, options: TrainOptions, launch: Launch,
     masking = Masking(mask_id, config.vocab_size, special, args.mask_fraction)
     training, validation = common.held_out(args, options, rows)
     return Plan(
-        tokenizer,
         MaskedRows(training, masking, options.seed),
         None if validation is None else MaskedRows(validation, masking, options.seed),
         overrides,
@@ -238,7 +235,7 @@ def plan_classification(
     training, validation = common.held_out(args, options, rows)
     if args.validation_path is not None:
         training, validation = rows, labelled_rows(tokenizer, args.validation_path, names=rows.names, **words)
-    return Plan(tokenizer, training, validation, overrides, fill, rows.names)
+    return Plan(training, validation, overrides, fill, rows.names)
 
 
 def texts_of(args: argparse.Namespace) -> list[str]:

@@ -170,7 +170,7 @@ def write_weights(
 ) -> None:
     """Write `model.safetensors`, or `model-0000i-of-0000n.safetensors` with an index, as Hugging Face lays them out.
 
-    Tensors are read one at a time, each whole and once, in the order of `tensors`: one tensor is in memory at a time.
+    Tensors are read in the order of `tensors`, each once and some rows at a time: no more than those are in memory.
     Everything is written under temporary names and synced; then earlier weights of these names are removed and the new
     ones renamed, the index last. A failure before that leaves the folder's weights as they were; a crash in the middle
     leaves a folder that lacks files, never one that mixes two models.
@@ -256,7 +256,8 @@ def _write_shard(file: BinaryIO, tensors: Mapping[str, LazyTensor], metadata: Ma
     file.write(len(text).to_bytes(8, "little") + text)
     for key, tensor in tensors.items():
         file.seek(8 + len(text) + header[key]["data_offsets"][0])
-        _write_tensor(file, tensor.read_all())
+        for rows in tensor.read_rows():
+            _write_tensor(file, rows)
 
 
 def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:

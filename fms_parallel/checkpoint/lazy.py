@@ -23,6 +23,10 @@ from fms_parallel.distributed.boxes import Box
 from fms_parallel.errors import CheckpointError
 
 
+PIECE_BYTES = 1 << 26
+"""What is read at a time of a tensor that goes somewhere else piece by piece."""
+
+
 class LazyTensor(ABC):
     """A tensor that can be read box by box."""
 
@@ -49,6 +53,10 @@ class LazyTensor(ABC):
     def read_all(self) -> Tensor:
         """Every element."""
         return self.read(Box.whole(self.shape))
+
+    def read_rows(self) -> Iterator[Tensor]:
+        """Every element, some rows at a time, as `row_pieces` cuts them."""
+        return (self.read(piece) for piece in row_pieces(Box.whole(self.shape), self.dtype))
 
     @property
     def nbytes(self) -> int:
@@ -268,7 +276,18 @@ class Agreeing(LazyTensor):
         return first
 
 
-# ---- helpers of this page ---------------------------------------------------------------------------------------
+# ---- helpers ----------------------------------------------------------------------------------------------------
+
+
+def row_pieces(box: Box, dtype: torch.dtype) -> list[Box]:
+    """A box cut along its first dimension into boxes of at most `PIECE_BYTES`, one row at least, in order."""
+    if not box.size or box.numel == 0:
+        return [box]
+    rows = max(1, PIECE_BYTES // (prod(box.size[1:]) * dtype.itemsize))
+    first, stop = box.offset[0], box.offset[0] + box.size[0]
+    return [
+        Box((start, *box.offset[1:]), (min(rows, stop - start), *box.size[1:])) for start in range(first, stop, rows)
+    ]
 
 
 def _without(values: tuple[int, ...], index: int) -> tuple[int, ...]:

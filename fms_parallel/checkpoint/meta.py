@@ -178,7 +178,10 @@ def _write(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
             with set_default_mmap_options(mmap.MAP_SHARED):
                 places.update(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
             written = 0
-        places[key].copy_(tensor.read_all())
+        start = 0
+        for rows in tensor.read_rows():
+            (places[key][start : start + len(rows)] if rows.ndim else places[key]).copy_(rows)
+            start += len(rows) if rows.ndim else 0
         written += tensor.nbytes
     places.clear()
     with path.open("rb") as file:

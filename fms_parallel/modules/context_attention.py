@@ -7,7 +7,8 @@
 Plain tensors and one axis; it knows no parameters, no rotary tables and no tp. Queries, keys and values are this
 rank's: `q [B, h, held, D]`, `k, v [B, k, held, D]`, positions as `Context` says, already rotated.
 
-A mask has this rank's queries as rows and all S positions, in order, as columns: `[B or 1, 1 or h, held or 1, S]`.
+A mask has this rank's queries as rows and all S positions, in order, as columns: `[B or 1, 1 or h, held or 1, S]`, or
+less dimensions.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Rule(NamedTuple):
 @torch.compiler.disable
 def context_attention(q: Tensor, k: Tensor, v: Tensor, context: Context, rule: Rule) -> Tensor:
     """`scores` over the whole sequences: `[B, h, held, D]`, what a padded query gives means nothing."""
+    if rule.mask is not None:
+        rule = rule._replace(mask=rule.mask[(None,) * (4 - rule.mask.dim())])
     return METHODS[context.method](q, k, v, context, rule)
 
 

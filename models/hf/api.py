@@ -82,7 +82,7 @@ def _wrapper() -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     class FmsForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin):  # type: ignore[misc, name-defined]
-        """Ours behind transformers' words. The end of the class's name tells its Trainer that labels are shifted here."""
+        """Ours behind transformers' words. Its name tells the Trainer that labels are shifted inside."""
 
         base_model_prefix = "model"
         main_input_name = "input_ids"

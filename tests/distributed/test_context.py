@@ -25,6 +25,7 @@ from fms_parallel.strategy.base import parallel_of
 from fms_parallel.training import evaluate, train
 from fms_parallel.training.step import backward, logits_loss
 from fms_parallel.verify import TOLERANCE, Report, verify
+from tests.distributed.comparison import shaken_model
 from tests.distributed.test_layouts import BIASED, ONE_KV, TINY, ranks_of, shaken_llama
 from tests.distributed.test_training import DROPPING, EXACT
 from tests.poison import poisoned_memory
@@ -80,6 +81,30 @@ def test_fp64_matches_one_process(layout: str, config: dict[str, Any]) -> None:
 def test_fp32_matches_one_process() -> None:
     reports = run_ranks(compare, 4, "cp=2,tp=2,sp", BIASED, "fp32", 1)
     assert all(report.worst <= TOLERANCE["fp32"] for report in reports), reports[0]
+
+
+# ---- the other families -----------------------------------------------------------------------------------------
+
+FAMILIES: list[tuple[str, str, dict[str, Any]]] = [
+    *((f"cp=2,cp_method={method}", "mistral", {"window": 5}) for method in METHODS),
+    ("cp=2,tp=2,sp", "mixtral", {"experts": 3, "window": 5, "std": 0.2}),
+    ("fsdp=2,cp=2", "granite", {"tied": True, "dropout": 0.2}),
+    ("cp=2", "gpt_bigcode", {"attention_dropout": 0.3, "dropout": 0.2}),
+    ("pp=2,cp=2,cp_method=ulysses", "gpt_bigcode", {"multi_query": False}),
+]
+
+
+def compare_family(layout: str, family: str, config: dict[str, Any]) -> Report:
+    with poisoned_memory():
+        parsed, factory = ParallelLayout.parse(layout), partial(shaken_model, family)
+        tiny = {name: value for name, value in TINY.items() if name != "kv_heads" or family != "gpt_bigcode"}
+        return verify(factory, parsed, dtype="fp64", seq_len=13, **(tiny | config))
+
+
+@pytest.mark.parametrize(("layout", "family", "config"), FAMILIES, ids=[f"{case[0]}-{case[1]}" for case in FAMILIES])
+def test_every_family_matches_one_process(layout: str, family: str, config: dict[str, Any]) -> None:
+    reports = run_ranks(compare_family, ranks_of(layout), layout, family, config)
+    assert all(report.worst <= TOLERANCE["fp64"] for report in reports), reports[0]
 
 
 # ---- attention alone: what a causal model without a mask does not use -------------------------------------------
@@ -153,7 +178,7 @@ def packed_loss(layout: str | None) -> float:
     mask = same & torch.ones(13, 13, dtype=torch.bool).tril()
     strategy = parallel_of(model).context
     if strategy is None:
-        return float(model(ids, labels=ids, positions=positions, mask=mask))
+        return float(model(ids, labels=ids, positions=positions, mask=mask).detach())
     part = strategy.share(Batch(ids, ids))
     told = {"positions": part.context.cut(positions, 1), "mask": part.context.cut(mask, -2), "context": part.context}
     loss = model(part.input_ids, labels=part.labels, **told).detach()

@@ -102,6 +102,15 @@ def test_greedy_tokens_of_unequal_prompts_equal_theirs(tmp_path: Path, multi_que
     assert generate(model, prompts, max_new_tokens=16, use_cache=False) == expected[:, 5:].tolist()
 
 
+@pytest.mark.slow
+def test_forward_is_one_graph() -> None:
+    """fullgraph=True raises at the first break."""
+    torch.compiler.reset()
+    model, ids = get_model("gpt_bigcode", "micro", layers=2).eval(), torch.randint(256, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(ids), model(ids))
+
+
 # ---- configs ------------------------------------------------------------------------------------------------------
 
 

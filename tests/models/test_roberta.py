@@ -184,6 +184,17 @@ def test_names_of_older_files_are_read(tmp_path: Path) -> None:
     assert relative(ours(tmp_path)(ids), reference(ids, attention_mask=real.long()).logits) <= TOLERANCE
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_forward_is_one_graph(architecture: str) -> None:
+    """fullgraph=True raises at the first break."""
+    torch.compiler.reset()
+    model, ids = get_model(architecture, "micro", layers=2).eval(), torch.randint(5, 256, (2, 9))
+    ids[1, 4:] = 1
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(ids), model(ids))
+
+
 # ---- configs ------------------------------------------------------------------------------------------------------
 
 
