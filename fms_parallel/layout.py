@@ -397,6 +397,6 @@ def _product(layout: ParallelLayout) -> str:
 
 
 def _tp_degrees(shape: ModelShape) -> list[int]:
-    """Every tp that cuts both heads and kv heads."""
-    divisors = (d for d in range(1, shape.heads + 1) if shape.heads % d == 0)
+    """Every tp that cuts both heads and kv heads and leaves no rank without feed-forward."""
+    divisors = (d for d in range(1, min(shape.heads, shape.ffn_width) + 1) if shape.heads % d == 0)
     return [d for d in divisors if shape.kv_heads % d == 0 or d % shape.kv_heads == 0]

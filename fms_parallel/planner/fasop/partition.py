@@ -2,14 +2,14 @@
 
 It knows node times and the time to hand on after each node; it knows no GPU. `minmax` is the seed's, step for step, with
 its habit of undoing a step it never made; `dp` and `ilp` are exact for their objectives and fast: 642 nodes in 32 stages
-take well under a second and a few seconds.
+take well under a second and a few seconds (`ilp` is in `integer_program`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import comb
 from typing import Any
 
@@ -76,30 +76,52 @@ def stage_seconds(counts: Sequence[int], seconds: Array, sends: Array, offset: i
 def even(units: int, stages: int) -> list[int]:
     """Boundaries at floor(i * units / stages)."""
     cuts = [i * units // stages for i in range(stages + 1)]
-    return [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [b - a for a, b in pairwise(cuts)]
 
 
-def dynamic(seconds: Array, sends: Array, stages: int, micros: int) -> list[int]:
+def dynamic(seconds: Array, sends: Array, stages: int, micros: int, compat: bool = False) -> list[int]:
     """The partition with the smallest largest stage: work, and what is received and handed on. Exact, O(p n^2).
 
-    With one micro-batch nothing overlaps and the sum counts: then fewest and cheapest sends decide.
+    With one micro-batch nothing overlaps and the sum counts. `compat` prices handing on like the send before it, and
+    nothing on the first stage, as the seed does.
     """
     n = len(seconds)
-    _enough(n, stages)
+    enough(n, stages)
+    zero = np.zeros(n)
+
+    def out(stage: int) -> Array:
+        if stage == stages - 1 or (compat and stage == 0):
+            return zero
+        return np.asarray(sends[:, stage - 1 if compat else stage])
+
+    into = [zero if stage == 0 else sends[:, stage - 1] for stage in range(stages)]
+    return shortest(seconds, into, [out(i) for i in range(stages)], np.maximum if micros > 1 else np.add)
+
+
+def shortest(seconds: Array, into: Sequence[Array], out: Sequence[Array], join: Any, limit: float = np.inf) -> list[int]:
+    """Counts that minimise the largest (`join` = maximum) or the sum (add) of stages.
+
+    A stage over nodes s..t-1 costs its work, `into[i][s - 1]` and `out[i][t - 1]`. Under `limit` only sends are added,
+    and a stage may not cost more than it. Empty when nothing keeps the limit.
+    """
+    n, stages = len(seconds), len(into)
     prefix = np.concatenate([[0.0], np.cumsum(seconds, dtype=float)])
     cost = np.full((stages + 1, n + 1), np.inf)
     back = np.zeros((stages + 1, n + 1), dtype=np.int64)
     cost[0, 0] = 0.0
-    join = np.maximum if micros > 1 else np.add
-    for stage in range(1, stages + 1):
-        into = np.concatenate([[0.0], sends[:, stage - 2]]) if stage > 1 else np.zeros(n + 1)
-        out = np.concatenate([[0.0], sends[:, stage - 1]]) if stage < stages else np.zeros(n + 1)
-        for end in range(stage, n - (stages - stage) + 1):
-            starts = np.arange(stage - 1, end)
-            value = join(cost[stage - 1, starts], prefix[end] - prefix[starts] + into[starts] + out[end])
+    before = [np.concatenate([[0.0], column]) for column in into]
+    after = [np.concatenate([[0.0], column]) for column in out]
+    for stage in range(stages):
+        for end in range(stage + 1, n - (stages - stage - 1) + 1):
+            starts = np.arange(stage, end)
+            sends = before[stage][starts] + after[stage][end]
+            load = prefix[end] - prefix[starts] + sends
+            value = join(cost[stage, starts], load)
+            if limit < np.inf:
+                value = np.where(load <= limit, cost[stage, starts] + sends, np.inf)
             best = int(np.argmin(value))
-            cost[stage, end], back[stage, end] = value[best], starts[best]
-    return _follow(back, stages, n)
+            cost[stage + 1, end], back[stage + 1, end] = value[best], starts[best]
+    return _follow(back, stages, n) if np.isfinite(cost[stages, n]) else []
 
 
 def _follow(back: Array, stages: int, n: int) -> list[int]:
@@ -117,7 +139,7 @@ def brute_force(seconds: Array, stages: int) -> list[int]:
         ConfigError: more partitions than can be tried.
     """
     n = len(seconds)
-    _enough(n, stages)
+    enough(n, stages)
     if comb(n - 1, stages - 1) > BRUTE_FORCE:
         raise ConfigError(
             f"bruteforce: {n} nodes in {stages} stages are {comb(n - 1, stages - 1):.2e} partitions, more than "
@@ -133,131 +155,7 @@ def brute_force(seconds: Array, stages: int) -> list[int]:
     return found
 
 
-def integer_program(seconds: Array, sends: Array, stages: int, micros: int, limit_s: float = 60.0) -> list[int]:
-    """Minimise (m - 1) * slowest stage + sum of stages with HiGHS; a stage is its work and what it waits for.
-
-    x[k, i] says that stage i starts at node k. Stages start in windows only: with the bound that `dynamic` gives, no
-    stage can lie far from its share, so that 642 nodes in 32 stages are a few hundred binaries.
-
-    Raises:
-        ConfigError: scipy is not installed, or HiGHS finds nothing in `limit_s` seconds.
-    """
-    try:
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_matrix
-    except ImportError:
-        raise ConfigError("the ilp partition needs scipy: pip install 'fms_parallel[plan]'.") from None
-    n = len(seconds)
-    _enough(n, stages)
-    if stages == 1:
-        return [n]
-    program = _Program(np.asarray(seconds, dtype=float), np.asarray(sends, dtype=float), stages, micros)
-    rows, low, high = program.constraints()
-    matrix = csr_matrix(
-        ([v for row in rows for v in row.values()],
-         ([i for i, row in enumerate(rows) for _ in row], [j for row in rows for j in row])),
-        shape=(len(rows), program.variables),
-    )  # fmt: skip
-    whole = np.ones(program.variables)
-    whole[-1] = 0
-    upper = np.ones(program.variables)
-    upper[-1] = np.inf
-    answer = milp(
-        program.objective(),
-        constraints=LinearConstraint(matrix, low, high),
-        integrality=whole,
-        bounds=Bounds(0, upper),
-        options={"time_limit": limit_s, "mip_rel_gap": 1e-6},
-    )
-    if answer.x is None:
-        raise ConfigError(f"ilp: HiGHS found no partition in {limit_s} s ({answer.message}): use dp.")
-    return program.counts(answer.x)
-
-
-class _Program:
-    """Variables and constraints of the integer program; the last variable is the slowest stage."""
-
-    def __init__(self, seconds: Array, sends: Array, stages: int, micros: int) -> None:
-        self.seconds, self.sends, self.stages, self.micros = seconds, sends, stages, micros
-        self.prefix = np.concatenate([[0.0], np.cumsum(seconds)])
-        counts = dynamic(seconds, sends, stages, 2)
-        self.bound = self._objective_of(counts) / max(micros - 1 + 1e-9, 1e-9) if micros > 1 else np.inf
-        self.bound = self._slowest_allowed(counts)
-        total, n = self.prefix[-1], len(seconds)
-        self.windows = [
-            [k for k in range(i, n - stages + i + 1)
-             if self.prefix[k] <= i * self.bound + 1e-9 and total - self.prefix[k] <= (stages - i) * self.bound + 1e-9]
-            for i in range(1, stages)
-        ]  # fmt: skip
-        self.index = {}
-        for i, window in enumerate(self.windows, 1):
-            for k in window:
-                self.index[k, i] = len(self.index)
-        self.variables = len(self.index) + 1
-
-    def _objective_of(self, counts: list[int]) -> float:
-        times = self._times(counts)
-        return (self.micros - 1) * max(times) + sum(times)
-
-    def _times(self, counts: list[int]) -> list[float]:
-        edges = np.concatenate([[0], np.cumsum(counts)])
-        work = np.diff(self.prefix[edges])
-        return [float(w + (self.sends[edges[i]][i - 1] if 0 < i < self.stages - 1 else 0)) for i, w in enumerate(work)]
-
-    def _slowest_allowed(self, counts: list[int]) -> float:
-        """No better partition has a slower stage: its sum is at least all the work."""
-        if self.micros == 1:
-            return float(self.prefix[-1])
-        return (self._objective_of(counts) - float(self.prefix[-1])) / (self.micros - 1)
-
-    def objective(self) -> Array:
-        """Coefficients: sends of middle stages, and (m - 1) of the slowest stage."""
-        found = np.zeros(self.variables)
-        found[-1] = self.micros - 1
-        for (k, i), j in self.index.items():
-            if i < self.stages - 1:
-                found[j] = self.sends[k][i - 1]
-        return found
-
-    def constraints(self) -> tuple[list[dict[int, float]], Array, Array]:
-        """One start per stage, starts in order, no stage slower than the slowest."""
-        rows: list[dict[int, float]] = []
-        low: list[float] = []
-        high: list[float] = []
-        for i, window in enumerate(self.windows, 1):
-            rows.append({self.index[k, i]: 1.0 for k in window})
-            low.append(1.0)
-            high.append(1.0)
-        for i in range(1, self.stages - 1):
-            row = {self.index[k, i + 1]: float(k) for k in self.windows[i]}
-            row |= {self.index[k, i]: -float(k) for k in self.windows[i - 1]}
-            rows.append(row)
-            low.append(1.0)
-            high.append(np.inf)
-        for i in range(self.stages):
-            rows.append(self._load(i))
-            low.append(-np.inf)
-            high.append(-float(self.prefix[-1]) if i == self.stages - 1 else 0.0)
-        return rows, np.array(low), np.array(high)
-
-    def _load(self, i: int) -> dict[int, float]:
-        """prefix[start of i + 1] - prefix[start of i] + send - slowest <= 0; the total is on the right for the last."""
-        row: dict[int, float] = {self.variables - 1: -1.0}
-        if i < self.stages - 1:
-            row |= {self.index[k, i + 1]: float(self.prefix[k]) for k in self.windows[i]}
-        if i > 0:
-            middle = i < self.stages - 1
-            for k in self.windows[i - 1]:
-                row[self.index[k, i]] = float(-self.prefix[k] + (self.sends[k][i - 1] if middle else 0.0))
-        return row
-
-    def counts(self, x: Array) -> list[int]:
-        """Nodes of each stage."""
-        starts = [max(window, key=lambda k: x[self.index[k, i]]) for i, window in enumerate(self.windows, 1)]
-        edges = [0, *starts, len(self.seconds)]
-        return [b - a for a, b in zip(edges, edges[1:], strict=False)]
-
-
-def _enough(nodes: int, stages: int) -> None:
+def enough(nodes: int, stages: int) -> None:
+    """Raises ConfigError when there are fewer nodes than stages."""
     if stages > nodes:
         raise ConfigError(f"{nodes} nodes cannot be cut into {stages} stages: each needs one.")
