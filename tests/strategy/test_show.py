@@ -1,0 +1,45 @@
+"""The drawn layout against the mesh that torch makes of it, and the drawn schedule against its closed form."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fms_parallel.errors import ConfigError
+from fms_parallel.layout import ParallelLayout
+from fms_parallel.planner.simulate import makespan
+from fms_parallel.schedules import SCHEDULES
+from fms_parallel.strategy.show import main, rank_grid, timeline
+
+
+@pytest.mark.parametrize("text", ["", "tp=4", "pp=2,fsdp=2,tp=2,sp", "dp=2,fsdp=3,cp=2,tp=2"])
+def test_ranks_lie_as_in_the_mesh(text: str) -> None:
+    layout = ParallelLayout.parse(text)
+    lines = [line.split("ranks")[1] for line in rank_grid(layout).splitlines()]
+    drawn = [[int(word) for word in line.split()] for line in lines]
+    assert drawn == torch.arange(layout.world_size).view(layout.degrees).flatten(0, 3).tolist()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_a_step_takes_its_closed_form(schedule: str) -> None:
+    """(micro-batches + stages - 1) * (forward + backward)."""
+    layout = ParallelLayout.parse(f"pp=4,schedule={schedule},microbatches=8")
+    assert makespan(timeline(layout)) == pytest.approx((8 + 3) * 3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_is_drawn(schedule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="no matplotlib")
+    picture = tmp_path / "step.svg"
+    assert main([f"pp=2,schedule={schedule},microbatches=4", "--picture", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^rank +\d+ \|", out, flags=re.MULTILINE)) == 2
+    assert picture.read_text().count("<path") > 16  # 2 ranks x 4 micro-batches x forward and backward, at least
+
+
+def test_a_picture_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no schedule to draw"):
+        main(["tp=2", "--picture", str(tmp_path / "x.png")])
