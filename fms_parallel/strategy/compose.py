@@ -3,9 +3,9 @@
     cut stages -> tensor / sequence -> context -> recompute -> compile -> shard -> memory
 
 Stages are cut first, so that nothing later touches a block that another rank has. Tensor parallelism must see the plain
-parameters; recomputation and compilation wrap what a block computes; sharding is outermost, so that a parameter is
-gathered before anything inside the block runs, and runs again. Nothing has memory until the end, so a model that fits no
-single rank is never whole anywhere.
+parameters; context changes none; recomputation and compilation wrap what a block computes; sharding is outermost, so
+that a parameter is gathered before anything inside the block runs, and runs again. Nothing has memory until the end, so
+a model that fits no single rank is never whole anywhere.
 """
 
 from __future__ import annotations

@@ -75,8 +75,9 @@ def context_of(batch: Any) -> Context | None:
 
 
 def refuse_without_context(model: Any, layout: ParallelLayout) -> None:
-    """Raises LayoutError when cp is asked of a class whose forward takes no `context`; other callables pass."""
-    if layout.cp > 1 and isinstance(model, type) and "context" not in inspect.signature(model.forward).parameters:
+    """Raises LayoutError when cp is asked of a class whose forward takes no `context`; what is no class passes."""
+    forward = getattr(model, "forward", None) if isinstance(model, type) else None
+    if layout.cp > 1 and forward is not None and "context" not in inspect.signature(forward).parameters:
         raise LayoutError(
             f"cp={layout.cp}: {model.__name__} computes whole sequences only, its forward takes no `context`. Use "
             "dp, fsdp or tp, or hand a `context` on to `Sequences` as LLaMA does."

@@ -1,6 +1,6 @@
 """A layout as a person can see it: which rank is where, and what a pipeline does when.
 
-    python -m fms_parallel.strategy.show "pp=2,fsdp=2,tp=2,sp,schedule=interleaved1f1b,microbatches=8" --picture step.png
+    python -m fms_parallel.strategy.show "pp=2,fsdp=2,tp=2,sp,schedule=zbv,microbatches=8" --picture step.png
 
 It knows layouts and the simulated schedule; it starts no ranks. Forward of one micro-batch on one stage counts one unit
 of time, backward two.

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from fms_parallel.errors import LayoutError, TrainingError

@@ -62,7 +62,7 @@ def test_every_parameter_is_kept_once_under_its_own_name(schedule: str, tied: bo
 
 
 def test_a_model_that_cannot_be_cut_is_told_what_it_lacks() -> None:
-    with pytest.raises(LayoutError, match="Sequential cannot be cut .* no activation_width, sequences"):
+    with pytest.raises(LayoutError, match=r"Sequential cannot be cut .* no activation_width, sequences"):
         refuse_unless_stageable(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 
