@@ -293,10 +293,8 @@ class ParallelLayout:
                 f"or copied. Use tp in {_tp_degrees(shape)}."
             )
         if self.cp_method == "ulysses" and shape.heads // self.tp % self.cp:
-            raise LayoutError(
-                f"cp={self.cp},cp_method=ulysses with tp={self.tp}: a rank's {shape.heads // self.tp} of {shape.heads} "
-                f"heads do not divide by {self.cp}. Use a cp that divides them, or cp_method=ring."
-            )
+            held = f"a rank's {shape.heads // self.tp} of {shape.heads} heads do not divide by {self.cp}"
+            raise LayoutError(f"{self}: {held}. With cp_method=ulysses cp must divide them; cp_method=ring needs not.")
         if self.tp > shape.ffn_width:
             raise LayoutError(
                 f"tp={self.tp} with a feed-forward width of {shape.ffn_width}: a rank would hold nothing of it. "

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement
 

@@ -36,6 +36,7 @@ def collective_results() -> dict[str, Any]:
         "functional_reduce_scatter": compat.functional_reduce_scatter(mine(), group),
     }
     results |= {"replicate": replicated_gradient(), "set_fsdp_reduce_scatter": gradient_by_own_sum()}
+    results |= {"flatten_mesh, join_meshes": gradient_over_joined_meshes()}
     return {name: tensor.tolist() for name, tensor in results.items()} | {"local_shape_and_offset": pieces()}
 
 
@@ -80,6 +81,20 @@ def gradient_by_own_sum() -> torch.Tensor:
     return model.weight.grad.full_tensor()  # type: ignore[attr-defined]
 
 
+def gradient_over_joined_meshes() -> torch.Tensor:
+    """The same again, of a DTensor cut over dimensions that were made one and joined to another."""
+    mesh = init_device_mesh("cpu", (1, 1, 2, 1), mesh_dim_names=("a", "b", "c", "d"))
+    flat = compat.flatten_mesh(mesh, ("b", "c"))
+    joined = compat.join_meshes([mesh["a"], flat])
+    assert flat is compat.flatten_mesh(mesh, ("b", "c"))
+    assert (flat.shape, joined.shape, joined.mesh_dim_names) == ((2,), (1, 2), ("a", "b_c"))
+    model = nn.Linear(3, 1, bias=False)
+    fully_shard(model, mesh=joined)
+    model(mine()).sum().backward()
+    assert model.weight.grad is not None
+    return model.weight.grad.full_tensor()  # type: ignore[attr-defined]
+
+
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, Any]]:
     """Of two ranks, which start once for all tests of this file."""
@@ -112,7 +127,7 @@ def test_local_shape_and_offset_name_what_a_dtensor_holds(results: list[dict[str
     assert all(result["local_shape_and_offset"] == [(True, True)] * 5 for result in results)
 
 
-@pytest.mark.parametrize("name", ["replicate", "set_fsdp_reduce_scatter"])
+@pytest.mark.parametrize("name", ["replicate", "set_fsdp_reduce_scatter", "flatten_mesh, join_meshes"])
 def test_gradients_are_averaged(name: str, results: list[dict[str, Any]]) -> None:
     want = BOTH.sum(0, keepdim=True) / 2
     assert all(torch.equal(result[name], want) for result in results)
@@ -124,7 +139,30 @@ def test_every_function_is_tested() -> None:
         *("all_gather_single", "reduce_scatter_single", "local_shape_and_offset", "replicate"),
         *("set_fsdp_reduce_scatter", "assert_on_device"),
         *("functional_all_reduce", "functional_all_gather", "functional_reduce_scatter"),
+        *("flatten_mesh", "join_meshes", "has_attention_sums", "attention_sums", "attention_sums_backward"),
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_with_its_sums_equals_attention_written_out(dtype: torch.dtype, causal: bool) -> None:
+    q, k, v = (torch.randn(2, heads, 5, 8, dtype=dtype).requires_grad_() for heads in (4, 2, 2))
+    assert compat.has_attention_sums(q)
+    s = q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.3
+    if causal:
+        s = s.masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), float("-inf"))
+    want = s.softmax(-1) @ v.repeat_interleave(2, 1)
+    want.backward(upper := torch.randn_like(want))
+    with torch.no_grad():
+        out, sums = compat.attention_sums(q, k, v, causal, 0.3)
+        gradients = compat.attention_sums_backward(upper, q, k, v, out, sums, causal, 0.3)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(sums, s.logsumexp(-1))
+    torch.testing.assert_close(gradients, tuple(x.grad for x in (q, k, v)))
+
+
+def test_no_fused_sums_where_torch_has_none() -> None:
+    assert not compat.has_attention_sums(torch.empty(1, 1, 1, 8, dtype=torch.float16))
 
 
 def test_assert_on_device_fails_on_false_only() -> None:

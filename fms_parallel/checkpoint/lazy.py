@@ -22,7 +22,6 @@ from torch import Tensor
 from fms_parallel.distributed.boxes import Box
 from fms_parallel.errors import CheckpointError
 
-
 PIECE_BYTES = 1 << 26
 """What is read at a time of a tensor that goes somewhere else piece by piece."""
 
@@ -276,7 +275,13 @@ class Agreeing(LazyTensor):
         return first
 
 
-# ---- helpers ----------------------------------------------------------------------------------------------------
+# ---- piece by piece ---------------------------------------------------------------------------------------------
+
+
+def copy_box(tensor: LazyTensor, box: Box, target: Tensor) -> None:
+    """Copy what lies in `box` into `target` (shape `box.size`), some rows at a time."""
+    for piece in row_pieces(box, tensor.dtype):
+        target[piece.shifted(box.offset).slices].copy_(tensor.read(piece))
 
 
 def row_pieces(box: Box, dtype: torch.dtype) -> list[Box]:
@@ -288,6 +293,9 @@ def row_pieces(box: Box, dtype: torch.dtype) -> list[Box]:
     return [
         Box((start, *box.offset[1:]), (min(rows, stop - start), *box.size[1:])) for start in range(first, stop, rows)
     ]
+
+
+# ---- helpers of this page ---------------------------------------------------------------------------------------
 
 
 def _without(values: tuple[int, ...], index: int) -> tuple[int, ...]:

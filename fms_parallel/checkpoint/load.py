@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fms_parallel.checkpoint.lazy import Agreeing, LazyTensor, row_pieces
+from fms_parallel.checkpoint.lazy import Agreeing, LazyTensor, copy_box
 from fms_parallel.checkpoint.slots import Slot, slots_of
 from fms_parallel.checkpoint.words import refuse_misfits
-from fms_parallel.distributed.boxes import Box, local_tensor
+from fms_parallel.distributed.boxes import local_tensor
 from fms_parallel.errors import CheckpointError
 from fms_parallel.strategy.base import parallel_of
 
@@ -36,18 +36,9 @@ def load_weights(model: nn.Module, tensors: Mapping[str, LazyTensor], *, source:
     with torch.no_grad():
         for slot, tensor in zip(slots, matched, strict=True):
             try:
-                _fill(local_tensor(slot.tensor), slot.box(), tensor)
+                copy_box(tensor, slot.box(), local_tensor(slot.tensor))
             except CheckpointError as error:
                 raise CheckpointError(f"{source}: {' = '.join(slot.names)}: {error}") from error
-
-
-def _fill(target: Tensor, box: Box, tensor: LazyTensor) -> None:
-    """Copy what lies in `box`, some rows at a time."""
-    start = 0
-    for piece in row_pieces(box, tensor.dtype):
-        stop = start + piece.size[0] if piece.size else None
-        (target if stop is None else target[start:stop]).copy_(tensor.read(piece))
-        start = stop or 0
 
 
 def _match(

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.serialization import set_default_mmap_options, skip_data
 
 from fms_parallel.checkpoint.files import WRITING, open_weights, sync_folder
-from fms_parallel.checkpoint.lazy import Agreeing, Concatenated, LazyTensor, Section
+from fms_parallel.checkpoint.lazy import Agreeing, Concatenated, LazyTensor, Section, copy_box
 from fms_parallel.checkpoint.template import Template
 from fms_parallel.checkpoint.torch_files import KEPT_BYTES
 from fms_parallel.checkpoint.words import listed
+from fms_parallel.distributed.boxes import Box
 from fms_parallel.errors import CheckpointError, ConfigError
 
 _NAME = re.compile(r"consolidated\.(\d\d)\.pth")
@@ -178,10 +179,7 @@ def _write(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
             with set_default_mmap_options(mmap.MAP_SHARED):
                 places.update(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
             written = 0
-        start = 0
-        for rows in tensor.read_rows():
-            (places[key][start : start + len(rows)] if rows.ndim else places[key]).copy_(rows)
-            start += len(rows) if rows.ndim else 0
+        copy_box(tensor, Box.whole(tensor.shape), places[key])
         written += tensor.nbytes
     places.clear()
     with path.open("rb") as file:

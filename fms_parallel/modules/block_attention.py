@@ -59,7 +59,9 @@ def merge(out: Tensor, sums: Tensor, more: Tensor, more_sums: Tensor) -> None:
     """Add a part to what was found so far, in place."""
     total = torch.logaddexp(sums, more_sums)
     finite = total.where(total > float("-inf"), 0)  # -inf - -inf would be NaN
-    out.mul_((sums - finite).exp_().unsqueeze(-1)).addcmul_(more.to(out.dtype), (more_sums - finite).exp_().unsqueeze(-1))
+    out.mul_((sums - finite).exp_().unsqueeze(-1)).addcmul_(
+        more.to(out.dtype), (more_sums - finite).exp_().unsqueeze(-1)
+    )
     sums.copy_(total)
 
 

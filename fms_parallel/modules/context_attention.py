@@ -41,9 +41,7 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, context: Context, rule: R
     return METHODS[context.method](q, k, v, context, rule)
 
 
-def dropped_context_attention(
-    q: Tensor, k: Tensor, v: Tensor, context: Context, rule: Rule, factors: Tensor
-) -> Tensor:
+def dropped_context_attention(q: Tensor, k: Tensor, v: Tensor, context: Context, rule: Rule, factors: Tensor) -> Tensor:
     """`dropped_scores` over the whole sequences; `factors [B, h, held, S]`.
 
     Whatever the method, keys and values are gathered: held x S weights are here anyway.
@@ -83,7 +81,8 @@ def _ulysses(q: Tensor, k: Tensor, v: Tensor, context: Context, rule: Rule) -> T
     whole = context.whole(exchange(packed, context.axis))[..., : context.length, :]
     mine, kv = q.shape[1] // size, k.shape[1] // size
     mask = None if rule.mask is None else _whole_mask(rule.mask, context, mine)
-    mixed = scores(*whole.split((mine, kv, kv), 1), mask, rule.scale, rule.causal)
+    q, k, v = whole.split((mine, kv, kv), 1)
+    mixed = scores(q, k, v, mask, rule.scale, rule.causal)
     return exchange(context.pieces(mixed), context.axis).transpose(0, 1).flatten(1, 2)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def scores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool = True) -> Tensor:
-    """Attention of `q [B, h, S, D]` over `k, v [B, k, T, D]`; without a `mask` causal, aligned to the last key, or full.
+    """Attention of `q [B, h, S, D]` over `k, v [B, k, T, D]`; without `mask` causal, aligned to the last key, or full.
 
     The S queries are the last S of the T positions: torch's own `is_causal` aligns to the first, which is wrong for
     every multi-token step with a cache.

@@ -179,50 +179,36 @@ GREEDY: dict[str, Callable[[int, int], list[int]]] = {"interleaved_zero_bubble":
 
 
 def _greedy(ranks: int, micros: int, stages: Stages, home: list[int]) -> list[Event]:
-    """Each rank takes a ready backward first, then a forward while memory lasts, weight gradients in the gaps."""
+    """Each rank takes a ready backward first, then a forward while memory lasts, weight gradients in the gaps.
+
+    Micro-batches of one kind and stage are done in order, so that only the next one of each is looked at.
+    """
     last = len(home) - 1
     place = {Work(k, s, m): home[s] for k in (F, B, W) for s in range(last + 1) for m in range(micros)}
+    upcoming = {(kind, stage): 0 for kind in (B, F, W) for stage in range(last + 1)}
     done: dict[Work, float] = {}
-    free, events = [0.0] * ranks, []
-    waiting = {r: [w for w, rank in place.items() if rank == r] for r in range(ranks)}
-    held = [0] * ranks
-    limit = 2 * ranks * max(len(home) // ranks, 1) if len(home) > ranks else 2 * ranks
-    while any(waiting.values()):
-        choice = _next(waiting, held, limit, free, done, place, last, stages)
+    free, held, events = [0.0] * ranks, [0] * ranks, []
+    limit = 2 * ranks * max(len(home) // ranks, 1)
+    while len(events) < len(place):
+        choice: tuple[tuple[float, int, int, int], Work] | None = None
+        for (kind, stage), micro in upcoming.items():
+            rank, work = home[stage], Work(kind, stage, micro)
+            if micro == micros or (kind == F and held[rank] >= limit):
+                continue
+            ready = _ready(work, last, done, place, rank, stages.send)
+            if ready is not None:
+                key = (max(ready, free[rank]), {B: 0, F: 1, W: 2}[kind], micro, -stage)
+                choice = (key, work) if choice is None or key < choice[0] else choice
         if choice is None:
             limit += 1  # memory alone must never stop the schedule
             continue
-        start, rank, work = choice
+        (start, *_), work = choice
+        rank = home[work.stage]
         free[rank] = done[work] = start + stages.seconds(work, split=True)
         held[rank] += {F: 1, B: 0, W: -1}[work.kind]
-        waiting[rank].remove(work)
+        upcoming[work.kind, work.stage] += 1
         events.append(Event(rank, work, start, free[rank]))
     return sorted(events, key=lambda event: (event.start, event.rank))
-
-
-def _next(
-    waiting: dict[int, list[Work]],
-    held: list[int],
-    limit: int,
-    free: list[float],
-    done: dict[Work, float],
-    place: dict[Work, int],
-    last: int,
-    stages: Stages,
-) -> tuple[float, int, Work] | None:
-    """The piece of work that can start first; among equals backward, then late stages' forward, then weights."""
-    best: tuple[tuple[float, int, int, int], int, Work] | None = None
-    for rank, works in waiting.items():
-        for work in works:
-            if work.kind == F and held[rank] >= limit:
-                continue
-            ready = _ready(work, last, done, place, rank, stages.send)
-            if ready is None:
-                continue
-            key = (max(ready, free[rank]), {B: 0, F: 1, W: 2}[work.kind], work.micro, -work.stage)
-            if best is None or key < best[0]:
-                best = (key, rank, work)
-    return None if best is None else (best[0][0], best[1], best[2])
 
 
 def makespan(events: Sequence[Event]) -> float:

@@ -188,3 +188,30 @@ def test_file_read_asks_safetensors_for_the_box_alone(tmp_path: Path, monkeypatc
 def test_file_that_is_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"gone\.safetensors: t can no longer be read"):
         FileTensor(tmp_path / "gone.safetensors", "t", (1,), torch.int64).read_all()
+
+
+# ---- piece by piece ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (5,), (1, 40), (0, 3), (4, 0), (), (3, 2, 5)])
+@pytest.mark.parametrize("limit", [1, 24, 100, 1 << 20])
+def test_pieces_make_the_whole_and_keep_to_the_limit(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], limit: int
+) -> None:
+    monkeypatch.setattr(lazy, "PIECE_BYTES", limit)
+    whole = torch.randn(shape)
+    row = whole[:1].nbytes if shape else 4
+    rows = list(MemoryTensor(whole).read_rows())
+    assert torch.equal(torch.cat(rows) if shape else rows[0], whole)
+    assert all(piece.nbytes <= max(limit, row) for piece in rows)
+    target = torch.full(shape, 9.0)
+    lazy.copy_box(MemoryTensor(whole), Box.whole(shape), target)
+    assert torch.equal(target, whole)
+
+
+def test_a_box_inside_is_copied_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lazy, "PIECE_BYTES", 16)
+    whole, box = torch.randn(9, 6), Box((2, 1), (5, 3))
+    target = torch.empty(5, 3)
+    lazy.copy_box(MemoryTensor(whole), box, target)
+    assert torch.equal(target, whole[2:7, 1:4])

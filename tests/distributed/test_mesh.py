@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from fms_parallel.distributed.launch import run_ranks
-from fms_parallel.distributed.mesh import build_mesh, data_shard, shard_mesh, tp_axis
+from fms_parallel.distributed.mesh import build_mesh, context_axis, data_shard, replica_mesh, shard_mesh, tp_axis
 from fms_parallel.errors import LayoutError
 from fms_parallel.layout import AXES, ParallelLayout
 
@@ -17,6 +17,8 @@ LAYOUTS = {
     "fsdp=2,tp=2": {"fsdp": [[0, 2], [1, 3]], "tp": [[0, 1], [2, 3]]},
     "dp=2,fsdp=2": {"dp": [[0, 2], [1, 3]], "fsdp": [[0, 1], [2, 3]]},
     "dp=2,cp=2": {"dp": [[0, 2], [1, 3]], "cp": [[0, 1], [2, 3]]},
+    "fsdp=2,cp=2": {"fsdp": [[0, 2], [1, 3]], "cp": [[0, 1], [2, 3]]},
+    "cp=2,tp=2": {"cp": [[0, 2], [1, 3]], "tp": [[0, 1], [2, 3]]},
     "dp,tp=2": {"dp": [[0, 2], [1, 3]], "tp": [[0, 1], [2, 3]]},
     "tp": {"tp": [[0, 1, 2, 3]]},
 }
@@ -37,6 +39,8 @@ def describe(layouts: list[str]) -> dict[str, dict[str, Any]]:
             "groups": {name: dist.get_process_group_ranks(mesh[name].get_group()) for name in AXES},
             "tp": (dist.get_process_group_ranks(axis.group), axis.rank, axis.size, axis.backend),
             "shard": (shard_mesh(mesh).mesh_dim_names, shard_mesh(mesh).mesh.tolist()),
+            "replicas": replica_mesh(mesh).mesh.tolist(),
+            "context": (context_axis(mesh).rank, context_axis(mesh).size),
             "data": data_shard(mesh),
         }
     return found
@@ -82,6 +86,18 @@ def test_parameters_are_sharded_over_fsdp_and_copied_over_dp(ranks: list[dict[st
     for rank, seen in enumerate(ranks):
         assert seen["fsdp=2,tp=2"]["shard"] == (("fsdp",), [rank % 2, rank % 2 + 2])
         assert seen["dp=2,fsdp=2"]["shard"] == (("dp", "fsdp"), [[0, 1], [2, 3]])
+
+
+def test_ranks_that_share_sequences_hold_shards_as_those_with_other_rows(
+    ranks: list[dict[str, dict[str, Any]]],
+) -> None:
+    for rank, seen in enumerate(ranks):
+        assert seen["fsdp=2,cp=2"]["shard"] == (("fsdp_cp",), [0, 1, 2, 3])
+        assert seen["dp=2,cp=2"]["shard"] == (("dp", "fsdp_cp"), [[0, 1], [2, 3]])
+        assert seen["dp=2,cp=2"]["replicas"] == [0, 1, 2, 3]
+        assert seen["cp=2,tp=2"]["replicas"] == [rank % 2, rank % 2 + 2]
+        assert seen["dp,tp=2"]["replicas"] == [rank % 2, rank % 2 + 2]
+        assert seen["cp=2,tp=2"]["context"] == (rank // 2, 2)
 
 
 @pytest.mark.parametrize(

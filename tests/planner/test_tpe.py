@@ -26,7 +26,7 @@ SEARCHES = [
     ("2d-summa", "vit_era5", "A100", 4, 256, 64, 6772, 648, [0.4290296691908079, 0.41925921773639796]),
 ]
 
-# strategy, model, system, domain, batch, (dp, tp1, tp2, pp, mbs, nb, nv1, nv2, nv_dp, nv_pp), t, mem, dp, pp, tp_comm, t_mem
+# strategy, model, system, domain, batch, (dp, tp1, tp2, pp, mbs, nb, nv1, nv2, nv_dp, nv_pp), t, mem, dp, pp, tp, t_mem
 POINTS = [
     ("1d", "gpt3_1T", "A100", 4, 4096, (8, 8, 1, 32, 1, 1, 4, 1, 1, 1), 133.67772896431646, 78.69404672,
      0.604172839970319, 0.7720784457142857, 21.802516480000005, 1.0371051869657715),

@@ -9,8 +9,12 @@ fms-plan search --compat fasop --help    as FASOP does
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from fms_parallel.planner.commands import common
+
+if TYPE_CHECKING:
+    from fms_parallel.planner.api import Planner, Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top", type=int, default=10, metavar="K", help="layouts that are shown (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--html", metavar="FILE.html", help="also write a report that opens in a browser, offline")
     limits = parser.add_argument_group("what may be chosen")
     limits.add_argument("--pin", action="append", default=[], metavar="RULE", help='such as "tp<=8", "pp=4", "sp=1"')
     limits.add_argument(
@@ -52,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     result = api.search_with(planner, space, args.top, limit)
     if not result.results:
         raise advice.nothing_fits(planner, space, result, limit)
+    if args.html:
+        _write_html(args.html, planner, result)
     if args.json:
         common.say_json({**result.as_json(), "launch": render.launch(result, result.results[0])})
         return 0
@@ -64,3 +71,16 @@ def run(args: argparse.Namespace) -> int:
     common.say(f"\n{render.rejected(result)}\n({result.seconds:.3f} s)")
     common.say(f"\nto run the first one:\n{render.launch(result, best)}")
     return 0
+
+
+def _write_html(path: str, planner: Planner, result: Result) -> None:
+    """The report, with the pipeline of the best layout when it has one and few enough micro-batches to see."""
+    from pathlib import Path
+
+    from fms_parallel.planner import render, report
+    from fms_parallel.planner.simulate import simulate
+
+    best = result.results[0]
+    shown = min(best.micro_batches, 4 * best.layout.pp)
+    events = simulate(best.layout.schedule, best.layout.pp, shown, planner.stages(best.layout)) if best.layout.pp > 1 else []
+    Path(path).write_text(report.as_html(result, render.launch(result, best), events), encoding="utf-8")

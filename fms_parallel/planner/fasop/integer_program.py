@@ -126,7 +126,7 @@ def _solve(arcs: list[Arc], chain: _Chain, low: float, high: float, limit_s: flo
         raise ConfigError("the ilp partition needs scipy: pip install 'fms_parallel[plan]'.") from None
     last = len(arcs)
     rows, columns, values = [], [], []
-    inner = {}
+    inner: dict[tuple[int, int], int] = {}
     for j, arc in enumerate(arcs):
         rows.append(arc.stage)
         columns.append(j)

@@ -1,8 +1,8 @@
 """Cutting a chain of nodes into pipeline stages: even, minmax, dp, ilp, bruteforce.
 
-It knows node times and the time to hand on after each node; it knows no GPU. `minmax` is the seed's, step for step, with
-its habit of undoing a step it never made; `dp` and `ilp` are exact for their objectives and fast: 642 nodes in 32 stages
-take well under a second and a few seconds (`ilp` is in `integer_program`).
+It knows node times and the time to hand on after each node; it knows no GPU. `minmax` is the seed's, step for step,
+with its habit of undoing a step it never made; `dp` and `ilp` (in `integer_program`) are exact for their objectives and
+fast: 642 nodes in 32 stages take well under a second and a few seconds.
 """
 
 from __future__ import annotations
@@ -30,23 +30,22 @@ class Partition:
 
     counts: list[int]
     timed: list[int]
-    steps: int = 0
 
 
 def minmax(units: int, stages: int, times: Callable[[list[int]], list[Any]]) -> Partition:
-    """Move one unit at a time from the slowest to the fastest stage until the slowest gets slower or a state repeats."""
+    """Move a unit at a time from the slowest to the fastest stage until the slowest gets slower or a state repeats."""
     part = [units // stages] * stages
     for i in range(units - units // stages * stages):
         part[i - 1] += 1
     seen, best = {tuple(part)}, np.inf
     slow = fast = 0
-    for step in range(100 * units):
+    for _ in range(100 * units):
         now = times(part)
         worst = max(now)
         if worst > best:
             part[slow] += 1
             part[fast] -= 1
-            return Partition(part, list(part), step)
+            return Partition(part, list(part))
         best, before = worst, list(part)
         slow, fast = now.index(worst), now.index(min(now))
         if part[slow] > 2:
@@ -55,9 +54,9 @@ def minmax(units: int, stages: int, times: Callable[[list[int]], list[Any]]) -> 
         if tuple(part) in seen:
             part[slow] += 1
             part[fast] -= 1
-            return Partition(part, before, step)
+            return Partition(part, before)
         seen.add(tuple(part))
-    return Partition(part, list(part), 100 * units)
+    return Partition(part, list(part))
 
 
 def stage_seconds(counts: Sequence[int], seconds: Array, sends: Array, offset: int) -> list[Any]:
@@ -65,8 +64,9 @@ def stage_seconds(counts: Sequence[int], seconds: Array, sends: Array, offset: i
     found, start = [], 0
     for stage, count in enumerate(counts):
         total = np.float32(0)
-        for value in seconds[start : start + count]:
-            total = np.float32(total + value)
+        if count:
+            # cumsum adds one after the other; sum would add in pairs and break ties differently.
+            total = np.cumsum(seconds[start : start + count], dtype=np.float32)[-1]
         middle = 0 < stage < len(counts) - 1
         found.append(np.float32(total + sends[start - offset][stage - 1]) if middle else total)
         start += count
@@ -98,7 +98,9 @@ def dynamic(seconds: Array, sends: Array, stages: int, micros: int, compat: bool
     return shortest(seconds, into, [out(i) for i in range(stages)], np.maximum if micros > 1 else np.add)
 
 
-def shortest(seconds: Array, into: Sequence[Array], out: Sequence[Array], join: Any, limit: float = np.inf) -> list[int]:
+def shortest(
+    seconds: Array, into: Sequence[Array], out: Sequence[Array], join: Any, limit: float = np.inf
+) -> list[int]:
     """Counts that minimise the largest (`join` = maximum) or the sum (add) of stages.
 
     A stage over nodes s..t-1 costs its work, `into[i][s - 1]` and `out[i][t - 1]`. Under `limit` only sends are added,

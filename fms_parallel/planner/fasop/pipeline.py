@@ -1,7 +1,7 @@
 """Non-interleaved 1F1B with FASOP's blocking sends. It knows stages and seconds; it knows no model.
 
-Of a stage's work a third is forward. A send occupies its sender in the warm-up only; in the steady state a stage and its
-neighbour exchange, so that a forward also waits for its own backward's send, and a backward for its transfer.
+Of a stage's work a third is forward. A send occupies its sender in the warm-up only; in the steady state a stage and
+its neighbour exchange, so that a forward also waits for its own backward's send, and a backward for its transfer.
 """
 
 from __future__ import annotations

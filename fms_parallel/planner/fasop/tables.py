@@ -1,7 +1,7 @@
 """GPUs, models, datasets and profiles of FASOP, read from the package or from a person's folder of NPZ files.
 
-It knows names and numbers; it prices nothing. A profile `{model}_{gpu}_{tp}.npz` holds `data`, (rows, 10) milliseconds of
-the forward pass of each module; row i is micro-batch 2^i.
+It knows names and numbers; it prices nothing. A profile `{model}_{gpu}_{tp}.npz` holds `data`, (rows, 10) milliseconds
+of the forward pass of each module; row i is micro-batch 2^i.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NAME = re.compile(r"(?P<model>.+)_(?P<gpu>[^_]+)_(?P<tp>\d+)\.npz")
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of node. `send`, `allreduce`: GB/s between ranks of a pair, of half a node, of a node, where measured."""
+    """One kind of node. `send`, `allreduce`: measured GB/s between ranks of a pair, of half a node, of a node."""
 
     name: str
     inter: float

@@ -37,7 +37,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer. `flops`, `memory`, `exchanges`: (forward, backward), in FLOP and GB; `panels`: overlapping SUMMA panels."""
+    """One layer. `flops`, `memory`, `exchanges`: (forward, backward), in FLOP and GB; `panels`: those of SUMMA."""
 
     name: str
     flops: tuple[Array, Array]
@@ -130,16 +130,16 @@ def _attention(model: Model, system: System, g: Grid, heads: Array, queries: Arr
 
     Vector FLOPs count k-fold, so that the matrix rate gives their time.
     """
-    q, k, l = model.e // model.h, system.matrix_flops_fp16 / system.vector_flops_fp16, model.l
+    q, k, keys = model.e // model.h, system.matrix_flops_fp16 / system.vector_flops_fp16, model.l
     bh = (g.b * heads).astype(float)
-    area = bh * queries * l
-    scores, values = area * (2 * q - 1), bh * queries * q * (2 * l - 1)
-    softmax = k * (2 * area + bh * queries * (l - 1))
-    slope = k * (3 * area + bh * queries * (l - 1))
-    keys = bh * l * q * (2 * queries - 1)
+    area = bh * queries * keys
+    scores, values = area * (2 * q - 1), bh * queries * q * (2 * keys - 1)
+    softmax = k * (2 * area + bh * queries * (keys - 1))
+    slope = k * (3 * area + bh * queries * (keys - 1))
+    slopes = bh * keys * q * (2 * queries - 1)
     forward = scores + softmax + k * area + values
-    backward = values + keys + slope + k * area + scores + keys + (scores + softmax + k * area)
-    here, there = bh * queries * q, bh * l * q
+    backward = values + slopes + slope + k * area + scores + slopes + (scores + softmax + k * area)
+    here, there = bh * queries * q, bh * keys * q
     buffer = (4 * here + 2 * bh * queries) * E
     moved = (2 * here + 2 * there + bh * queries) * E
     return Layer(
@@ -152,9 +152,9 @@ def _attention(model: Model, system: System, g: Grid, heads: Array, queries: Arr
 
 def _shared(model: Model, system: System, g: Grid, sequence: bool, compat: bool) -> list[Layer]:
     """1D is the sequence form with m2 = 1, but for how two biases shard."""
-    e, f, l = model.e, model.f, model.l
-    local = l // g.m2
-    tokens, outside = g.b * local, g.b * (local // g.m1 if sequence else l // g.m1)
+    e, f, length = model.e, model.f, model.l
+    local = length // g.m2
+    tokens, outside = g.b * local, g.b * (local // g.m1 if sequence else length // g.m1)
     whole = np.asarray(g.b * local * e * E, dtype=float)
     none: tuple[Sequence[Exchange], Sequence[Exchange]] = ((), ())
 
@@ -167,7 +167,7 @@ def _shared(model: Model, system: System, g: Grid, sequence: bool, compat: bool)
     def row(name: str, i: int) -> Layer:
         return _linear(name, tokens, i // g.m1, e, (over_heads("reducescatter"), []))
 
-    kv = np.asarray(2 * g.b * (model.h // g.m1) * l * (e // model.h) * E, dtype=float)
+    kv = np.asarray(2 * g.b * (model.h // g.m1) * length * (e // model.h) * E, dtype=float)
     keys = [Exchange("allgather", kv, g.m2, g.t2)]
     exchanges = (keys, [*keys, Exchange("reducescatter", kv, g.m2, g.t2)]) if sequence else none
     between = (over_heads("allgather"), over_heads("reducescatter"))
