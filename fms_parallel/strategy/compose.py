@@ -81,7 +81,8 @@ def compose(
     if compile_blocks:
         _compile(model)
     stages = pipeline.stages(model) if pipeline is not None else []
-    for part in stages or [model]:
+    parts: list[nn.Module] = [*stages] or [model]
+    for part in parts:
         _shard(part, layout, mesh)
     materialise(model, device)
     runner = None

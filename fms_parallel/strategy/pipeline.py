@@ -123,7 +123,8 @@ class Pipeline:
             stage.micro_batch, stage.context = 0, context
         schedule = self._schedule(len(ids) // self.layout.pieces, ids.shape[1])
         arguments = (ids,) if self.is_first else ()
-        target, losses = (labels, []) if self.is_last else (None, None)
+        target = labels if self.is_last else None
+        losses: list[Tensor] | None = [] if self.is_last else None
         run = schedule.step if train else schedule.eval
         try:
             run(*arguments, target=target, losses=losses, return_outputs=False, **named)
@@ -148,7 +149,7 @@ class Pipeline:
     def _torch_stage(self, stage: Stage, rows: int, length: int) -> PipelineStage:
         """Shapes are said, not found out by a trial run, which would move FSDP's state on."""
         tokens = rows * length
-        width = self.model.activation_width
+        width: Any = self.model.activation_width
         handed_on = (-(-tokens // self.layout.tp), width) if self.layout.sp else (rows, length, width)
         ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
         x = torch.empty(handed_on, dtype=self.dtype, device="meta", requires_grad=True)

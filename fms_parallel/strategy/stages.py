@@ -192,18 +192,25 @@ def even_split(costs: Sequence[float], parts: int, tail: float = 0.0) -> tuple[i
     """
     sums = [0.0, *accumulate(costs)]
     count = len(costs)
-    # best[k] of the blocks from k on, cut into the parts placed so far: (largest sum, sizes)
-    best = {k: (sums[count] - sums[k] + tail, (count - k,)) for k in range(count)}
-    for placed in range(1, parts):
-        best = {
-            start: min(
-                (max(sums[end] - sums[start], best[end][0]), tuple(-n for n in (end - start, *best[end][1])))
-                for end in range(start + 1, count - placed + 1)
-            )
-            for start in range(count - placed)
-        }
-        best = {start: (worst, tuple(-n for n in sizes)) for start, (worst, sizes) in best.items()}
+    # best[k]: the blocks from k on, cut into the parts placed so far.
+    best: dict[int, Split] = {k: (sums[count] - sums[k] + tail, (count - k,)) for k in range(count)}
+    for _ in range(1, parts):
+        best = {start: _with_one_part_before(start, best, sums) for start in range(max(best))}
     return best[0][1]
+
+
+Split = tuple[float, tuple[int, ...]]
+"""(largest sum, sizes of the parts)."""
+
+
+def _with_one_part_before(start: int, best: dict[int, Split], sums: Sequence[float]) -> Split:
+    """The best way to put one part that begins at `start` before what is placed."""
+    ways = [
+        (max(sums[end] - sums[start], worst), (end - start, *sizes))
+        for end, (worst, sizes) in best.items()
+        if end > start
+    ]
+    return min(ways, key=lambda way: (way[0], [-size for size in way[1]]))
 
 
 def _matrix_elements(module: nn.Module) -> int:

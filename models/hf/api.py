@@ -124,10 +124,10 @@ def _wrapper() -> Any:
             return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
         def get_input_embeddings(self) -> nn.Module:
-            return self.model.embedding  # type: ignore[no-any-return]
+            return self.model.get_submodule("embedding")
 
         def get_output_embeddings(self) -> nn.Module:
-            return self.model.head  # type: ignore[no-any-return]
+            return self.model.get_submodule("head")
 
         def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
             """The architecture's own Hugging Face folder, which transformers loads as such. Collective."""
