@@ -19,6 +19,7 @@ COMMANDS = {
     "explain": "why layout A beats layout B, by where time and memory go",
     "simulate": "the timeline of a layout: drawing and Chrome trace",
     "validate": "predicted against measured step times",
+    "calibrate": "measure the machine at hand, for --devices",
     "report": "a search as one HTML file",
     "show-profile": "measured module times, in FASOP's form",
     "pareto-plot": "plot cost against throughput again from a table",
