@@ -67,7 +67,9 @@ def find_model(name: str) -> Model:
         return _from_table(name, own[name], "models.json")
     registered = _registered(name)
     if name in registered:
-        return Model(name, registered[name])
+        shape = registered[name]
+        experts = Experts(shape.experts, shape.experts_used, shape.ffn_width) if shape.experts > 1 else None
+        return Model(name, shape, experts)
     raise ConfigError(unknown("model", name, {*own, *registered}) + " A JSON file with the sizes works, too.")
 
 

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from fms_parallel.planner.columns import Columns
+from fms_parallel.planner.cost import CostModel
 from fms_parallel.planner.efficiency import DEFAULT, Constants
 from fms_parallel.planner.hardware import Device, Link
+from fms_parallel.planner.operators import Workload
+from fms_parallel.planner.software import load_software
 from fms_parallel.shape import ModelShape
 
 MATMULS = ((64, 192, 192), (256, 192, 512), (256, 512, 512), (512, 512, 512), (512, 1024, 1024), (1024, 1024, 1024))
@@ -140,28 +145,23 @@ def _fit_link(seconds: list[dict[str, Any]], ranks: int) -> Link:
 
 
 def _with_block(device: Device, measured: float) -> Device:
-    """Spread what a block takes beyond the prediction over its kernels."""
-    from dataclasses import replace
-
-    predicted, launches = predicted_block(device)
-    extra = max(measured - predicted, 0.0) / launches * 1e6
-    constants = {**device.constants, "host_us": device.constants["host_us"] + extra}
-    while predicted_block(replace(device, constants=constants))[0] < measured and constants["host_us"] < 1e4:
-        constants["host_us"] *= 1.1
+    """Slow arithmetic and memory down alike until the block takes as long as it did: its kernels are not the sweep's."""
+    constants = dict(device.constants)
+    for _ in range(20):
+        ratio = predicted_block(replace(device, constants=constants)) / measured
+        if 0.99 < ratio < 1.01:
+            break
+        for name in ("best", "attention", "stream"):
+            constants[name] = min(constants[name] * ratio, device.constants[name])
     return replace(device, constants=constants)
 
 
-def predicted_block(device: Device) -> tuple[float, int]:
-    """Seconds of the block's step as the cost model has it, and its kernels."""
-    from fms_parallel.planner.columns import Columns
-    from fms_parallel.planner.cost import CostModel
-    from fms_parallel.planner.operators import Workload
-    from fms_parallel.planner.software import load_software
-
+def predicted_block(device: Device) -> float:
+    """Seconds of the block's forward and backward pass as the cost model has it."""
     batch, tokens = BLOCK_TOKENS
     constants: Constants = DEFAULT.having(device.constants)
     software = load_software("native").with_precision("fp32")
     model = CostModel(BLOCK, device, Workload(batch, tokens, "fp32"), software, constants)
     found = model.time_source.total(model.block_operators(Columns.of([{"micro": batch}])))
-    return float(np.max(found.forward + found.backward)), sum(found.launches)
+    return float(np.max(found.forward + found.backward))
 

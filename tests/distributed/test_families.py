@@ -6,18 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-from fms_parallel.distributed.boxes import local_box, local_tensor
 from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.inference import generate
-from fms_parallel.layout import ParallelLayout
 from fms_parallel.models import get_model, save_hf
-from fms_parallel.verify import TOLERANCE, Report, verify
-from tests.poison import poisoned_memory
+from tests.distributed.comparison import check, ranks_of
 
-# Odd on purpose: 13 tokens, 97 ids and 63 features divide by nothing.
+# Odd on purpose: 97 ids and 63 features divide by nothing.
 TINY: dict[str, Any] = {
     **{"vocab_size": 97, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_width": 63, "max_positions": 64},
 }
@@ -27,37 +22,15 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
     "granite": [{"tied": True, "attention_bias": True, "dropout": 0.2}],
     "mixtral": [{"experts": 3, "std": 0.2}, {"experts": 4, "window": 5, "fused": True, "std": 0.2}],
 }
-LAYOUTS = ["tp=2", "tp=2,sp", "tp=4,sp,recompute=full", "fsdp=2", "dp=2", "fsdp=2,tp=2,sp"]
+LAYOUTS = ["tp=2", "tp=2,sp", "tp=4,sp,recompute=full", "fsdp=2", "fsdp=2,tp=2,sp", "dp=2,pp=2", "cp=2"]
 CASES = [(layout, name, config) for name, configs in FAMILIES.items() for config in configs for layout in LAYOUTS]
+CASES += [(f"cp=2,cp_method={method}", "mistral", {"window": 5}) for method in ("allgather", "ulysses")]
 IDS = [f"{layout}-{name}-{'-'.join(config)}" for layout, name, config in CASES]
-
-
-def shaken_model(family: str, **arguments: Any) -> nn.Module:
-    """None of whose parameters is constant."""
-    model = get_model(family, "micro", seed=5, **arguments)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            ramp = torch.arange(parameter.numel(), dtype=parameter.dtype).remainder_(7).view(parameter.shape)
-            local_tensor(parameter).add_(ramp.mul_(0.01)[local_box(parameter).slices])
-    return model
-
-
-def compare(layout: str, family: str, config: dict[str, Any], pieces: int) -> Report:
-    """One rank of one case."""
-    arguments: dict[str, Any] = {**TINY, **config, "family": family}
-    with poisoned_memory():
-        parsed = ParallelLayout.parse(layout)
-        return verify(shaken_model, parsed, dtype="fp64", seq_len=13, grad_accum_steps=pieces, **arguments)
-
-
-def ranks_of(layout: str) -> int:
-    return ParallelLayout.parse(layout).world_size
 
 
 @pytest.mark.parametrize(("layout", "family", "config"), CASES, ids=IDS)
 def test_fp64_matches_one_process(layout: str, family: str, config: dict[str, Any]) -> None:
-    reports = run_ranks(compare, ranks_of(layout), layout, family, config, 2 if ranks_of(layout) == 2 else 1)
-    assert all(report.worst <= TOLERANCE["fp64"] for report in reports), reports[0]
+    check(family, layout, {**TINY, **config})
 
 
 PROMPTS = [[3, 5, 1, 7, 8, 2, 9], [11, 4], [6]]

@@ -91,3 +91,12 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     save_file({name: tensor for name, tensor in tensors.items() if name != key}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"layers\.1\.feed_forward\.2\.up"):
         get_model("hf_pretrained", model_path=tmp_path, source="hf")
+
+
+def test_planner_counts_each_expert_once() -> None:
+    from fms_parallel.planner.catalog import Model
+    from fms_parallel.planner.experts import Experts
+
+    shape = get_config("mixtral", "8x7b").shape()
+    experts = Experts(shape.experts, shape.experts_used, shape.ffn_width)
+    assert Model("mixtral:8x7b", shape, experts).parameters() == 46_702_792_704

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fms_parallel.errors import FmsError
-from fms_parallel.models import get_model
+from fms_parallel.models import get_model, list_models, list_sources, save_hf
 from scripts import convert_checkpoint
 from tests.checkpoint.llamas import build
 from tests.checkpoint.metas import SIZES, as_meta, cut, write_meta
@@ -85,6 +85,17 @@ def test_a_folder_that_describes_itself_needs_no_architecture(monkeypatch: pytes
         assert torch.equal(again(ids).logits, reference(ids).logits)
     model = get_model("hf_pretrained", model_path=tmp_path / "native").eval()
     assert torch.allclose(model(ids), reference(ids).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", [name for name in list_models() if "hf" in list_sources(name)])
+def test_every_architecture_goes_to_native_and_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: str
+) -> None:
+    save_hf(get_model(architecture, "micro", layers=2, data_type="bf16"), tmp_path / "hf")
+    convert(monkeypatch, tmp_path / "hf", "native", tmp_path / "native")
+    convert(monkeypatch, tmp_path / "native", "hf", tmp_path / "back", "--max_shard_bytes", "1000000")
+    assert_same(files_of(tmp_path / "back"), files_of(tmp_path / "hf"))
+    assert (tmp_path / "back" / "config.json").read_text() == (tmp_path / "hf" / "config.json").read_text()
 
 
 def test_dtype_is_that_of_the_tensors_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

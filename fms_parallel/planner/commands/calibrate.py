@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     common.say(f"{args.name}: {rate:.1f} GFLOP/s and {device.memory_gb_s:.1f} GB/s per rank of {args.ranks}")
     if args.ranks > 1:
         common.say(f"collectives: {link.latency_us:.0f} us per hop, {link.gb_s:.2f} GB/s")
-    common.say(f"one block: {measure.predicted_block(device)[0] * 1e3:.2f} ms predicted, "
+    common.say(f"one block: {measure.predicted_block(device) * 1e3:.2f} ms predicted, "
                f"{max(r['block'] for r in seconds) * 1e3:.2f} ms measured")  # fmt: skip
     common.say(f"written to {args.out}; use it with --devices {args.out} --gpus {args.name}:{args.ranks}")
     return 0
