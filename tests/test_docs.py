@@ -10,7 +10,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.verify import build_parser as verify_parser
-from scripts import inference, train_causal, train_masked
+from scripts import convert_checkpoint, inference, train_causal, train_masked
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,6 +20,7 @@ COMMANDS = {
     "scripts/train_causal.py": train_causal.build_parser,
     "scripts/train_masked.py": train_masked.build_parser,
     "scripts/inference.py": inference.build_parser,
+    "scripts/convert_checkpoint.py": convert_checkpoint.build_parser,
     "-m fms_parallel.verify": verify_parser,
 }
 

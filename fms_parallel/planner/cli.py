@@ -21,6 +21,9 @@ COMMANDS = {
     "validate": "predicted against measured step times",
     "calibrate": "measure the machine at hand, for --devices",
     "report": "a search as one HTML file",
+    "serve": "an inference engine: time to the first token, tokens per second, KV memory",
+    "sweep": "systems, bandwidths and capacities, as transformer-perf-estimates sweeps them",
+    "make-profile": "measure module times on the machine at hand, in FASOP's form",
     "show-profile": "measured module times, in FASOP's form",
     "pareto-plot": "plot cost against throughput again from a table",
 }

@@ -58,7 +58,7 @@ class Space:
 
 def candidates(gpus: int, global_batch: int, space: Space) -> Columns:
     """Every combination of degrees whose product is `gpus`, policies, and micro-batches that divide the batch."""
-    degrees = _factorisations(gpus, tuple(axis in space.axes and axis not in space.exclude for axis in AXES))
+    degrees = factorisations(gpus, tuple(axis in space.axes and axis not in space.exclude for axis in AXES))
     policies = _policies(space)
     micro = _micro_batches(degrees[:, 1] * degrees[:, 2], global_batch, space.max_micro)
     rows, slot = np.nonzero(micro > 0)
@@ -86,7 +86,7 @@ def _possible_words(columns: Columns) -> Array:
 
 
 @lru_cache(maxsize=64)
-def _factorisations(gpus: int, allowed: tuple[bool, ...]) -> Array:
+def factorisations(gpus: int, allowed: tuple[bool, ...]) -> Array:
     """Degrees (pp, dp, fsdp, cp, tp) with product `gpus`, one row each; axes that are not allowed stay 1."""
     divisors = [d for d in range(1, gpus + 1) if gpus % d == 0]
     rows: list[tuple[int, ...]] = [()]
