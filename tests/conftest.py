@@ -20,7 +20,9 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
-    parser.addoption("--capture", action="store_true", help="write the models' signatures anew instead of comparing")
+    parser.addoption(
+        "--capture-signatures", action="store_true", help="write the models' signatures anew instead of comparing"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

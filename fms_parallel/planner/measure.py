@@ -25,9 +25,7 @@ MATMULS = ((64, 192, 192), (256, 192, 512), (256, 512, 512), (512, 512, 512), (5
 COLLECTIVES = (1 << 12, 1 << 16, 1 << 20, 1 << 22)
 """Bytes of the whole tensor."""
 STREAM = 1 << 24
-BLOCK = ModelShape(
-    layers=1, width=256, heads=4, kv_heads=4, head_width=64, ffn_width=704, vocab=256, max_positions=256
-)
+BLOCK = ModelShape(layers=1, width=256, heads=4, kv_heads=4, head_width=64, ffn_width=704, vocab=256, max_positions=256)
 BLOCK_TOKENS = (4, 128)
 """Sequences and tokens of the block's step."""
 
@@ -141,7 +139,9 @@ def _fit_link(seconds: list[dict[str, Any]], ranks: int) -> Link:
     hop, slope = np.linalg.lstsq(rows, np.ones(len(rows)), rcond=None)[0]
     hop = hop if hop > 0 else float(gather[0]) / (ranks - 1)
     slope = slope if slope > 0 else float(gather[-1] / moved[-1])
-    return Link(gb_s=1 / slope / 1e9, latency_us=hop * 1e6, tree_us=float(reduce[0]) / 2 / (ranks - 1) * 1e6, efficiency=(1.0,))
+    return Link(
+        gb_s=1 / slope / 1e9, latency_us=hop * 1e6, tree_us=float(reduce[0]) / 2 / (ranks - 1) * 1e6, efficiency=(1.0,)
+    )
 
 
 def _with_block(device: Device, measured: float) -> Device:
@@ -164,4 +164,3 @@ def predicted_block(device: Device) -> float:
     model = CostModel(BLOCK, device, Workload(batch, tokens, "fp32"), software, constants)
     found = model.time_source.total(model.block_operators(Columns.of([{"micro": batch}])))
     return float(np.max(found.forward + found.backward))
-

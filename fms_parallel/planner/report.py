@@ -96,9 +96,13 @@ def _bars(estimates: Sequence[Estimate], attribute: str, unit: str) -> str:
             value = getattr(estimate, attribute)[name]
             width = value / longest * (WIDTH - 120)
             tip = f"<title>{name}: {value:.3f} {unit}</title>"
-            shapes.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="17" fill="{colours[name]}">{tip}</rect>')
+            shapes.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="17" fill="{colours[name]}">{tip}</rect>'
+            )
             x += width
-        shapes.append(f'<text x="{x + 5:.1f}" y="{y + 13}" font-size="12">{sum(getattr(estimate, attribute).values()):.2f}</text>')
+        shapes.append(
+            f'<text x="{x + 5:.1f}" y="{y + 13}" font-size="12">{sum(getattr(estimate, attribute).values()):.2f}</text>'
+        )
     legend = "".join(f'<span><i style="background:{colours[name]}"></i>{name}</span>' for name in names)
     return f'<p class="legend">{legend}</p>' + _svg(shapes, 8 + 22 * len(estimates))
 

@@ -332,9 +332,7 @@ def test_layouts_that_cannot_be_are_refused_before_anything() -> None:
 
     with pytest.raises(LayoutError, match="cp=2: Plain computes whole sequences only"):
         compose(Plain(), ParallelLayout(cp=2))
-    with pytest.raises(
-        LayoutError, match=r"cp=2,tp=4,cp_method=ulysses: a rank's 1 of 4 heads do not divide by 2"
-    ):
+    with pytest.raises(LayoutError, match=r"cp=2,tp=4,cp_method=ulysses: a rank's 1 of 4 heads do not divide by 2"):
         ParallelLayout.parse("cp=2,tp=4,cp_method=ulysses").validate(get_model("llama", "micro").config.shape())
 
 

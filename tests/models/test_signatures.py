@@ -1,6 +1,6 @@
 """What must not change unnoticed: every variant's parameter names and shapes, and what the small ones compute.
 
-The expectations lie in `expectations/`, one file per architecture; `pytest tests/models/test_signatures.py --capture`
+The expectations lie in `expectations/`, one file per architecture; `pytest tests/models/test_signatures.py --capture-signatures`
 writes them anew, and the difference is then read in review.
 """
 
@@ -46,7 +46,7 @@ def test_names_and_outputs_are_those_that_were_written_down(architecture: str, r
         "outputs": outputs_of(architecture),
     }
     file = EXPECTATIONS / f"{architecture}.json"
-    if request.config.getoption("--capture"):
+    if request.config.getoption("--capture-signatures"):
         EXPECTATIONS.mkdir(exist_ok=True)
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     expected = json.loads(file.read_text(encoding="utf-8"))

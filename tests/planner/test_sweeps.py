@@ -103,7 +103,9 @@ def test_measured_curves_interpolate_in_log_size_and_flag_extrapolation() -> Non
     curve = Curve(up.flops[[0, 2]], np.array([1e-3, 4e-3]), np.array([2e-3, 8e-3]))
     source = Measured({"up": curve}, roofline)
     forward, backward = source.operator(up)
-    assert forward.tolist() == pytest.approx([1e-3, 2e-3, 4e-3]) and backward.tolist() == pytest.approx([2e-3, 4e-3, 8e-3])
+    assert forward.tolist() == pytest.approx([1e-3, 2e-3, 4e-3]) and backward.tolist() == pytest.approx(
+        [2e-3, 4e-3, 8e-3]
+    )
     assert not source.extrapolated
     bigger = next(op for op in planner.costs.block_operators(Columns.of([{"micro": 8}])) if op.name == "up")
     assert source.operator(bigger)[0].tolist() == pytest.approx([8e-3])

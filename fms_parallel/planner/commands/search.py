@@ -82,5 +82,7 @@ def _write_html(path: str, planner: Planner, result: Result) -> None:
 
     best = result.results[0]
     shown = min(best.micro_batches, 4 * best.layout.pp)
-    events = simulate(best.layout.schedule, best.layout.pp, shown, planner.stages(best.layout)) if best.layout.pp > 1 else []
+    events = (
+        simulate(best.layout.schedule, best.layout.pp, shown, planner.stages(best.layout)) if best.layout.pp > 1 else []
+    )
     Path(path).write_text(report.as_html(result, render.launch(result, best), events), encoding="utf-8")

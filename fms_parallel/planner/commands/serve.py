@@ -13,7 +13,9 @@ from fms_parallel.planner.commands import common
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Every flag of `fms-plan serve`."""
     common.add_job(parser)
-    parser.add_argument("--prompt", type=int, default=1024, help="tokens before the first new one (default: %(default)s)")
+    parser.add_argument(
+        "--prompt", type=int, default=1024, help="tokens before the first new one (default: %(default)s)"
+    )
     parser.add_argument("--generate", type=int, default=256, help="new tokens (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 

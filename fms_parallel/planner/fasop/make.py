@@ -30,7 +30,16 @@ def measure_profile(
         raise ConfigError(f"tp={tp} does not divide {shape.heads} heads and feed-forward width {shape.ffn_width}.")
     e, f, v = shape.width, shape.ffn_width // tp, -(-shape.vocab // tp)
     q, kv = shape.heads * shape.head_width // tp, max(shape.kv_heads // tp, 1) * shape.head_width
-    sizes = {"q": (q, e), "k": (kv, e), "v": (kv, e), "o": (e, q), "gate": (f, e), "up": (f, e), "down": (e, f), "head": (v, e)}
+    sizes = {
+        "q": (q, e),
+        "k": (kv, e),
+        "v": (kv, e),
+        "o": (e, q),
+        "gate": (f, e),
+        "up": (f, e),
+        "down": (e, f),
+        "head": (v, e),
+    }
     weights = {name: torch.randn(*size, device=device) for name, size in sizes.items()}
     table = torch.randn(shape.vocab, e, device=device)
     linear, silu, embedding = (getattr(torch.nn.functional, name) for name in ("linear", "silu", "embedding"))

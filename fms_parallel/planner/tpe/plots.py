@@ -39,7 +39,9 @@ def over_devices(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
         top.loglog([r["gpus"] for r in own], [r["t"] for r in own], marker="o", label=f"{name[0]}, domain {name[1]}")
     top.set(xlabel="devices", ylabel="seconds of a step")
     top.legend(fontsize="small")
-    first = [r for r in answered if (r["system"], r["nvlink_size"]) == (answered[0]["system"], answered[0]["nvlink_size"])]
+    first = [
+        r for r in answered if (r["system"], r["nvlink_size"]) == (answered[0]["system"], answered[0]["nvlink_size"])
+    ]
     labels = [f"{r['gpus']}\ndp {r['dp']} tp {r['tp']} pp {r['pp']}" for r in first]
     _stacked(time, first, TIMES, labels, "seconds")
     _stacked(memory, first, MEMORIES, labels, "GB")

@@ -35,7 +35,12 @@ def point(model: Model, system: System, strategy: str, gpus: int, batch: int, co
 
 
 def over_systems(
-    model: Model, systems: Sequence[System], domains: Sequence[int], strategy: str, sizes: Sequence[int], batch: int,
+    model: Model,
+    systems: Sequence[System],
+    domains: Sequence[int],
+    strategy: str,
+    sizes: Sequence[int],
+    batch: int,
     compat: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Every system with every NVLink domain at every number of devices."""
@@ -44,8 +49,15 @@ def over_systems(
 
 
 def over_memory(
-    model: Model, system: System, strategy: str, gpus: int, batch: int, bandwidths: Sequence[float],
-    capacities: Sequence[float], flops: Sequence[float] = (), compat: bool = True,
+    model: Model,
+    system: System,
+    strategy: str,
+    gpus: int,
+    batch: int,
+    bandwidths: Sequence[float],
+    capacities: Sequence[float],
+    flops: Sequence[float] = (),
+    compat: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Every HBM bandwidth (GB/s) with every capacity (GB), and every matrix rate (TFLOP/s; vector rates in step)."""
     for rate, bandwidth, capacity in product(flops or (system.matrix_flops_fp16,), bandwidths, capacities):
