@@ -187,7 +187,8 @@ def _greedy(ranks: int, micros: int, stages: Stages, home: list[int]) -> list[Ev
     place = {Work(k, s, m): home[s] for k in (F, B, W) for s in range(last + 1) for m in range(micros)}
     upcoming = {(kind, stage): 0 for kind in (B, F, W) for stage in range(last + 1)}
     done: dict[Work, float] = {}
-    free, held, events = [0.0] * ranks, [0] * ranks, []
+    free, held = [0.0] * ranks, [0] * ranks
+    events: list[Event] = []
     limit = 2 * ranks * max(len(home) // ranks, 1)
     while len(events) < len(place):
         choice: tuple[tuple[float, int, int, int], Work] | None = None

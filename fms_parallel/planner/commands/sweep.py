@@ -1,7 +1,7 @@
 """Sweeps of transformer-perf-estimates.
 
-fms-plan sweep --model gpt3_1T --systems A100 H200 B200 --domains 4 8 64 --num-gpus 1024 2048 4096 --global-batch 4096 \\
-    --plot overall.png
+fms-plan sweep --model gpt3_1T --systems A100 H200 B200 --domains 4 8 64 --num-gpus 1024 2048 4096 \\
+    --global-batch 4096 --plot overall.png
 fms-plan sweep --model gpt3_1T --systems B200 --num-gpus 4096 --global-batch 4096 --bandwidths 2000 4000 8000 \\
     --capacities 80 192 384 [--flops 1000 2500] --plot design.png
 """
