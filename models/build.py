@@ -26,6 +26,7 @@ from fms_parallel.strategy.compose import compose, refuse_unimplemented
 from fms_parallel.strategy.context import refuse_without_context
 from fms_parallel.strategy.materialise import initialise, materialise
 
+from .checked import checked
 from .hf.pretrained import CONFIGURED, PRETRAINED, described
 from .registry import REGISTRY, Architecture, config_of, list_sources, replaced
 from .sources import check_described, open_native
@@ -39,11 +40,11 @@ def find_model(
     """The registered architecture and the config that a request means; errors as in `get_config`."""
     if architecture not in (PRETRAINED, CONFIGURED):
         known = REGISTRY.get(architecture)
-        return known, config_of(known, variant, overrides)
+        return known, checked(config_of(known, variant, overrides), known.name)
     if variant is not None:
         raise ConfigError(f"{architecture} has no variant {variant!r}: config.json gives every size; leave it out.")
     known, config = described(map(REGISTRY.get, REGISTRY.names()), model_path)
-    return known, replaced(known, config, overrides)
+    return known, checked(replaced(known, config, overrides), known.name)
 
 
 def get_config(

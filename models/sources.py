@@ -21,6 +21,7 @@ from fms_parallel.checkpoint.words import refuse_misfits
 from fms_parallel.errors import CheckpointError, ConfigError, unknown
 from fms_parallel.modules.feedforward import ACTIVATIONS
 
+from .checked import config_from_hf
 from .hf.config import read_config_json, read_json
 from .registry import Architecture, list_sources
 
@@ -90,7 +91,7 @@ def check_described(known: Architecture, config: Any, path: Path) -> None:
     folder = path if path.is_dir() else path.parent
     raw = read_config_json(folder)
     if raw is not None and known.from_hf is not None:
-        _compare(folder / "config.json", known.from_hf(raw), config)
+        _compare(folder / "config.json", config_from_hf(known, raw, folder / "config.json"), config)
     elif raw is None and known.from_meta is not None:
         params = read_json(folder / "params.json")
         if params is not None:

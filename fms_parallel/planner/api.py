@@ -139,10 +139,10 @@ class Planner:
         return [self._estimate(columns, costs, int(row)) for row in rows]
 
     def _estimate(self, columns: Columns, costs: Costs, row: int) -> Estimate:
-        shape, workload, gpus = self.model.shape, self.workload, self.cluster.gpus
+        workload, gpus = self.workload, self.cluster.gpus
         seconds = float(costs.times.total[row])
         used = float(costs.memory.total[row])
-        flops = shape.flops_per_token(workload.sequence) * workload.global_batch * workload.sequence
+        flops = self.model.flops_per_token(workload.sequence) * workload.global_batch * workload.sequence
         return Estimate(
             layout=columns.layout(row, _layout_precision(workload.precision), self._split(columns, costs, row)),
             micro_batch=int(columns.micro[row]),

@@ -53,6 +53,14 @@ class Model:
         extra = self.experts.parameters(self.shape) - self.shape.ffn_parameters
         return self.shape.parameters() + self.shape.layers * extra
 
+    def flops_per_token(self, sequence: int) -> float:
+        """Floating-point operations of training on one token; of experts, those that it visits."""
+        dense = float(self.shape.flops_per_token(sequence))
+        if self.experts is None:
+            return dense
+        visited = (self.experts.top + self.experts.shared) * self.experts.ffn_width - self.shape.ffn_width
+        return dense + 6 * self.shape.layers * (3 if self.shape.gated else 2) * self.shape.width * visited
+
 
 def find_model(name: str) -> Model:
     """A model by registered `arch:variant`, seed model name, or path to a JSON file.

@@ -145,7 +145,7 @@ def _fit_link(seconds: list[dict[str, Any]], ranks: int) -> Link:
 
 
 def _with_block(device: Device, measured: float) -> Device:
-    """Slow arithmetic and memory down alike until the block takes as long as it did: its kernels are not the sweep's."""
+    """Slow arithmetic and memory down alike until the block takes as long as it did: its kernels are its own."""
     constants = dict(device.constants)
     for _ in range(20):
         ratio = predicted_block(replace(device, constants=constants)) / measured

@@ -179,6 +179,8 @@ def _gpt_case(entry: Mapping[str, Any], row: Mapping[str, Any]) -> Case:
     settings["recompute"] = 2 if "full" in recompute else 1 if "select" in recompute else 0
     settings["sp"] = int(tp > 1 and bool(whole.get("sp", "sequence" in recompute or settings["recompute"] < 2)))
     device, software = _hardware(str(whole.get("hardware", "A100")), settings)
+    if software == "megatron-core":
+        settings["zero"] = 1  # its distributed optimizer
     if seconds is None:
         # Narayanan et al. count the recomputed forward pass, later tables do not.
         factor = 96 if software == "megatron-2021" else 72

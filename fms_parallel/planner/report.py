@@ -44,8 +44,8 @@ def as_html(result: Result, launch: str, events: Sequence[Event] = ()) -> str:
     title = f"{result.model.name} on {result.cluster}"
     workload = f"{result.workload.global_batch} sequences of {result.workload.sequence} tokens per step"
     parts = [
-        f"<h1>{html.escape(title)}</h1><p>{workload}, {result.workload.precision}. {result.considered} layouts looked at, "
-        f"{result.feasible} would run ({result.seconds:.3f} s).</p>",
+        f"<h1>{html.escape(title)}</h1><p>{workload}, {result.workload.precision}. {result.considered} layouts "
+        f"looked at, {result.feasible} would run ({result.seconds:.3f} s).</p>",
         "<h2>The best layouts</h2><p>Click a heading to sort.</p>" + _table(result.results),
         "<h2>Where a step's time goes</h2>" + _bars(result.results, "breakdown", "s"),
         "<h2>What fills the memory</h2>" + _bars(result.results, "memory_breakdown", "GiB"),

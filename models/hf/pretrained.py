@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fms_parallel.errors import CheckpointError, ConfigError, unknown
 
+from ..checked import config_from_hf
 from .config import read_config_json
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ PRETRAINED, CONFIGURED = "hf_pretrained", "hf_configured"
 
 
 def described(architectures: Iterable[Architecture], folder: str | Path | None) -> tuple[Architecture, Any]:
-    """The architecture and the config of a folder's `config.json`.
+    """The architecture and the config of a folder's `config.json`, or of the one beside a file.
 
     Raises:
         CheckpointError: no folder, or no config.json in it.
@@ -30,7 +31,8 @@ def described(architectures: Iterable[Architecture], folder: str | Path | None) 
     """
     if folder is None:
         raise ConfigError(f"{PRETRAINED} and {CONFIGURED} read model_path/config.json: give model_path.")
-    raw = read_config_json(Path(folder))
+    folder = Path(folder).parent if Path(folder).is_file() else Path(folder)
+    raw = read_config_json(folder)
     if raw is None:
         raise CheckpointError(f"{folder}/config.json: no such file; name the architecture, or give the model's folder.")
     readers = [known for known in architectures if known.from_hf is not None]
@@ -39,8 +41,7 @@ def described(architectures: Iterable[Architecture], folder: str | Path | None) 
     if kind not in types:
         raise ConfigError(f"{folder}/config.json: {unknown('model_type', str(kind), types)}")
     known = _of_class(types[kind], raw, folder)
-    assert known.from_hf is not None
-    return known, known.from_hf(raw)
+    return known, config_from_hf(known, raw, folder / "config.json")
 
 
 def _types(readers: Iterable[Architecture]) -> set[str]:

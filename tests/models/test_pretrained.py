@@ -41,6 +41,11 @@ def test_pretrained_has_every_field_and_the_weights(folder: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
 
 
+def test_a_file_is_described_by_the_config_beside_it(folder: Path) -> None:
+    model = get_model("hf_pretrained", model_path=folder / "model.safetensors")
+    assert torch.equal(model.head.weight, get_model("hf_pretrained", model_path=folder).head.weight)  # type: ignore[arg-type]
+
+
 def test_configured_has_every_field_and_the_weights_of_the_seed(folder: Path) -> None:
     for file in folder.glob("*.safetensors"):
         file.unlink()

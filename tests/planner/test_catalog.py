@@ -50,3 +50,10 @@ def test_own_shape_file(tmp_path: Path) -> None:
     path.write_text(json.dumps({**table, "max_position": 32}))
     with pytest.raises(ConfigError, match="Did you mean 'max_positions'"):
         find_model(str(path))
+
+
+def test_experts_cost_what_a_token_visits() -> None:
+    """Mixtral 8x7b: 12.9 billion active parameters (arXiv 2401.04088), 6 operations each, and attention."""
+    model = find_model("mixtral:8x7b")
+    attention = 3 * 2 * 1 * 32 * 32 * 128 * model.shape.layers
+    assert model.flops_per_token(1) == pytest.approx(6 * (12.88e9 - 32000 * 4096) + attention, rel=0.01)

@@ -42,10 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Search and show."""
+    from fms_parallel.errors import ConfigError
     from fms_parallel.planner import advice, api, render
     from fms_parallel.planner.space import Space
 
     planner = common.read_planner(args)
+    if args.top < 1 or (args.max_micro_batch is not None and args.max_micro_batch < 1):
+        raise ConfigError("--top and --max-micro-batch: need whole numbers >= 1.")
     space = Space(
         schedules=tuple(args.schedules or Space().schedules),
         offloads=("none", "optimizer_state") if args.offload else ("none",),

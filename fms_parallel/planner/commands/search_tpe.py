@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
     from fms_parallel.errors import ConfigError
     from fms_parallel.planner.tpe import search, system
 
-    if min(args.num_gpus, args.global_batch, 1 if args.nvlink_domain is None else args.nvlink_domain) < 1:
-        raise ConfigError("--num-gpus, --global-batch and --nvlink-domain: need whole numbers >= 1.")
+    if min(args.top, args.num_gpus, args.global_batch, 1 if args.nvlink_domain is None else args.nvlink_domain) < 1:
+        raise ConfigError("--top, --num-gpus, --global-batch and --nvlink-domain: need whole numbers >= 1.")
     model, chosen = system.find_model(args.model), system.find_system(args.system, args.nvlink_domain)
     compat, job = not args.corrected, (args.tensor_parallel, args.num_gpus, args.global_batch)
     found = search.search(model, chosen, *job, args.top, compat)
