@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields
-from functools import cache
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -19,10 +18,12 @@ from .registry import Architecture
 SIZES = frozenset(
     (
         *("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "ffn_width", "max_positions"),
-        *("experts", "experts_used", "classes", "type_vocab_size"),
+        *("experts", "experts_used", "classes", "token_types"),
     )
 )
 """Fields that count something there is at least one of."""
+SPREADS = frozenset(("std", "norm_eps", "dropout"))
+"""Fields that are zero at least."""
 
 
 def config_from_hf(known: Architecture, raw: Mapping[str, Any], file: object) -> Any:
@@ -46,21 +47,21 @@ def checked(config: Any, where: object) -> Any:
     Raises:
         ConfigError: naming the first that is not.
     """
+    allowed = _kinds(type(config))
     for field in fields(config):
-        value = getattr(config, field.name)
-        kinds = _kinds(type(config))[field.name]
+        value, kinds = getattr(config, field.name), allowed[field.name]
         if not any(_is(value, kind) for kind in kinds):
             wanted = " or ".join(_WORDS.get(kind, kind.__name__) for kind in kinds)
             raise ConfigError(f"{where}: {field.name}={value!r} must be {wanted}.")
-        if field.name in SIZES and value is not None and value < 1:
-            raise ConfigError(f"{where}: {field.name}={value} must be at least 1.")
+        least = 1 if field.name in SIZES else 0 if field.name in SPREADS else None
+        if least is not None and value is not None and value < least:
+            raise ConfigError(f"{where}: {field.name}={value} must be at least {least}.")
     return config
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", NoneType: "null"}
 
 
-@cache
 def _kinds(config: type) -> dict[str, tuple[type, ...]]:
     """Field -> the types that its annotation allows, without their parameters."""
     hints = get_type_hints(config)
@@ -78,7 +79,7 @@ def _is(value: Any, kind: type) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if kind is Mapping or isinstance(value, Mapping):
+    if kind is Mapping:
         return isinstance(value, Mapping) and all(_is_number(number) for number in value.values())
     return isinstance(value, kind)
 

@@ -124,11 +124,14 @@ def config_of(known: Architecture, variant: str | None, overrides: Mapping[str, 
 
 
 def replaced(known: Architecture, config: Any, overrides: Mapping[str, Any]) -> Any:
-    """The config with some fields replaced; an unknown field is an error."""
+    """The config with some fields replaced; an unknown field, or a value that nothing can be done with, is an error."""
     names = [f.name for f in fields(config)]
     for name in overrides:
         if name not in names:
             raise ConfigError(
                 f"{known.name} has no config field {name!r}.{suggest(name, names)} Fields: {', '.join(names)}."
             )
-    return replace(config, **overrides)
+    try:
+        return replace(config, **overrides)
+    except (TypeError, ArithmeticError) as error:  # a value of another kind, computed with
+        raise ConfigError(f"{known.name}: {dict(overrides)} is no config: {error}.") from error

@@ -1,7 +1,8 @@
 """How much of a device's peak real kernels reach, as one formula per kind of work with few constants.
 
-It knows kernels; it knows nothing of layouts. The constants are fitted by `calibrate`, or those of `DEFAULT`, which
-come from A100 and H100 kernels and are never fitted to what `validate` scores.
+It knows kernels; it knows nothing of layouts. The constants are fitted by `calibrate`, or those of `DEFAULT`: what
+A100 kernels are known to reach, chosen before anything was scored. Attention and sustained rates of H100, `ring` and
+`fp8` were chosen on torchtitan's tables of December 2024; no constant was fitted to vTrain's rows or Megatron's tables.
 
     matrix product   flops / (peak * best * m/(m + h) * n/(n + h) * k/(k + h))
     memory           bytes / (bandwidth * stream)

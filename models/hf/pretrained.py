@@ -37,9 +37,9 @@ def described(architectures: Iterable[Architecture], folder: str | Path | None) 
         raise CheckpointError(f"{folder}/config.json: no such file; name the architecture, or give the model's folder.")
     readers = [known for known in architectures if known.from_hf is not None]
     types = {kind: [k for k in readers if kind in (k.model_types or (k.name,))] for kind in _types(readers)}
-    kind = raw.get("model_type")
+    kind = str(raw.get("model_type"))
     if kind not in types:
-        raise ConfigError(f"{folder}/config.json: {unknown('model_type', str(kind), types)}")
+        raise ConfigError(f"{folder}/config.json: {unknown('model_type', kind, types)}")
     known = _of_class(types[kind], raw, folder)
     return known, config_from_hf(known, raw, folder / "config.json")
 
@@ -52,9 +52,10 @@ def _of_class(fitting: list[Architecture], raw: dict[str, Any], folder: str | Pa
     """The one of several architectures whose class the config names: they share a body and differ in their heads."""
     if len(fitting) == 1:
         return fitting[0]
-    wanted = raw.get("architectures") or []
+    written = raw.get("architectures")
+    wanted = [str(name) for name in written] if isinstance(written, list) else []
     for known in fitting:
         if set(known.hf_classes) & set(wanted):
             return known
     classes = [name for known in fitting for name in known.hf_classes]
-    raise ConfigError(f"{folder}/config.json: {unknown('class in architectures', str(', '.join(wanted)), classes)}")
+    raise ConfigError(f"{folder}/config.json: {unknown('class in architectures', ', '.join(wanted), classes)}")

@@ -202,6 +202,15 @@ def test_files_written_are_those_cut_by_hand(tmp_path: Path, files: int) -> None
         assert_same(found, cut(expected, files, index))
 
 
+def test_llama3s_embedding_is_cut_along_the_vocabulary(tmp_path: Path) -> None:
+    config = replace(SIZES, vocab_size=128256, width=16, heads=2, kv_heads=2, layers=1)
+    embedding = torch.arange(128256 * 16, dtype=torch.float32).view(128256, 16)
+    meta_files(config).write(tmp_path, {"tok_embeddings.weight": MemoryTensor(embedding)}, 2)
+    second = torch.load(tmp_path / "consolidated.01.pth", weights_only=True)["tok_embeddings.weight"]
+    assert torch.equal(second, embedding[64128:])
+    assert torch.equal(meta_files(config).open(tmp_path)["tok_embeddings.weight"].read_all(), embedding)
+
+
 def test_a_failed_write_leaves_the_earlier_files(tmp_path: Path) -> None:
     write_meta(tmp_path, as_meta(weights(), SIZES), 2)
 

@@ -11,8 +11,10 @@ import torch
 
 from fms_parallel.errors import CheckpointError, ConfigError, FmsError
 from fms_parallel.models import Architecture, get_config, get_model, list_models, save_hf
+from fms_parallel.models.build import find_model
 from fms_parallel.models.hf.pretrained import described
 from fms_parallel.models.llama import LLaMAConfig, config_to_hf
+from fms_parallel.models.registry import REGISTRY
 
 SMALL: dict[str, Any] = {
     "width": 32,
@@ -119,6 +121,45 @@ def test_of_several_readers_of_one_type_the_class_decides(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "both", "architectures": ["ForMusic"]}))
     with pytest.raises(ConfigError, match=r"unknown class in architectures 'ForMusic'.*Known: ForClasses, ForMaskedLM"):
         described(architectures, tmp_path)
+
+
+BAD = (None, "x", -1, 0, [], {}, 1.5, True, float("nan"))
+
+
+@pytest.mark.parametrize("architecture", [name for name in list_models() if REGISTRY.get(name).to_hf is not None])
+def test_a_field_of_any_kind_is_read_or_refused(tmp_path: Path, architecture: str) -> None:
+    """A file can hold anything; whatever it is, nothing but our own errors comes out."""
+    to_hf = REGISTRY.get(architecture).to_hf
+    assert to_hf is not None
+    raw = to_hf(get_config(architecture, "micro", layers=1))
+    refused = 0
+    for name in raw:
+        for value in BAD:
+            (tmp_path / "config.json").write_text(json.dumps({**raw, name: value}))
+            try:
+                find_model("hf_configured", None, tmp_path, {})
+            except FmsError:
+                refused += 1
+    assert refused > len(raw)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"layers": "two"}, r"layers='two' must be a whole number"),
+        ({"width": 64.0}, r"width=64\.0 must be a whole number"),
+        ({"layers": True}, r"layers=True must be a whole number"),
+        ({"tied": 1}, r"tied=1 must be true or false"),
+        ({"kv_heads": "4"}, r"\{'kv_heads': '4'\} is no config: unsupported operand"),
+        ({"layers": 0}, r"layers=0 must be at least 1"),
+        ({"std": -1.0}, r"std=-1\.0 must be at least 0"),
+        ({"norm_eps": "1e-5"}, r"norm_eps='1e-5' must be a number"),
+        ({"rope_options": {"factor": "8"}}, r"rope_options=.* must be Mapping"),
+    ],
+)
+def test_overrides_of_the_wrong_kind_are_refused(overrides: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        get_config("llama", "micro", **overrides)
 
 
 def test_pseudo_architectures_are_not_listed() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from fms_parallel.errors import ConfigError
 from fms_parallel.models import get_shape, list_variants
+from fms_parallel.planner import catalog
 from fms_parallel.planner.catalog import find_model
 from fms_parallel.planner.hardware import read_data
 
@@ -57,3 +58,29 @@ def test_experts_cost_what_a_token_visits() -> None:
     model = find_model("mixtral:8x7b")
     attention = 3 * 2 * 1 * 32 * 32 * 128 * model.shape.layers
     assert model.flops_per_token(1) == pytest.approx(6 * (12.88e9 - 32000 * 4096) + attention, rel=0.01)
+
+
+class Entry:
+    """An entry point that another package would register."""
+
+    value = "their.package:shapes"
+
+    def __init__(self, shapes: dict[str, object] | None) -> None:
+        self.shapes = shapes
+
+    def load(self) -> object:
+        if self.shapes is None:
+            raise ImportError("no module named their")
+        return lambda: self.shapes
+
+
+def test_entry_points_add_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = get_shape("llama", "micro")
+    monkeypatch.setattr(catalog, "entry_points", lambda group: [Entry({"their:model": shape})])
+    assert find_model("their:model").shape == shape
+    with pytest.raises(ConfigError, match=r"Did you mean 'their:model'.*gpt3_1T"):
+        find_model("their:modle")
+    monkeypatch.setattr(catalog, "entry_points", lambda group: [Entry(None)])
+    assert find_model("gpt3").shape.layers == 96
+    with pytest.raises(ConfigError, match="cannot be listed: no module named their"):
+        find_model("their:model")

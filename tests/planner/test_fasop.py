@@ -144,6 +144,14 @@ def test_json_lines_of_the_original(capsys: pytest.CaptureFixture[str]) -> None:
     assert first["partition"] == [41, 41, 42, 41, 40, 40, 40, 40, 40, 41, 40, 41, 40, 41, 40, 34]
 
 
+def test_json_lines_in_a_file_are_started_anew(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text("old\n")
+    main(["search", "--compat", "fasop", "--gpus", "A40", "4", "--gbs", "32", "--parsing-file", str(path)])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 54 and lines[0]["type"] == "meta"
+
+
 def test_verbose_traces_each_partition(capsys: pytest.CaptureFixture[str]) -> None:
     main(["search", "--compat", "fasop", "--gpus", "A40", "4", "--gbs", "32", "--verbose"])
     trace = capsys.readouterr().err.splitlines()
@@ -229,6 +237,19 @@ def test_dynamic_and_integer_program_are_optimal(seed: int) -> None:
     whole = min((micros - 1) * max(loads(part, False)) + sum(loads(part, False)) for part in every(n, stages))
     answer = loads(integer_program(e, c, stages, micros), False)
     assert (micros - 1) * max(answer) + sum(answer) == pytest.approx(whole, rel=2e-4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_highs_alone_is_optimal(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the dynamic program's bisection everything is left to HiGHS."""
+    from fms_parallel.planner.fasop import integer_program as module
+
+    rng = np.random.default_rng(seed)
+    e, c = rng.random(10), rng.random((10, 3)) * 0.5
+    exact = integer_program(e, c, 4, 5)
+    monkeypatch.setattr(module, "BISECTIONS", 0)
+    chain = module._Chain(e, c, 4, 5)
+    assert chain.objective(integer_program(e, c, 4, 5)) == pytest.approx(chain.objective(exact), rel=2e-4)
 
 
 def test_one_micro_batch_minimises_the_sum() -> None:

@@ -137,6 +137,15 @@ def test_table_shows_layouts_reasons_and_the_line_that_runs_it(capsys: pytest.Ca
     assert "MFU" in out and "activations" in out
 
 
+def test_flags_of_the_readme_together(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--pin", "tp<=4", "fsdp>=2", "--max-micro-batch", "2", "--exclude", "pp", "cp", "--top", "50", "--json"]
+    found = json.loads(run(capsys, *JOB, *words))["results"]
+    assert found
+    for entry in found:
+        layout = ParallelLayout.parse(entry["layout"])
+        assert layout.tp <= 4 and layout.fsdp >= 2 and layout.pp == layout.cp == 1 and entry["micro_batch"] <= 2
+
+
 def test_deadline_and_budget_reject_what_is_slower(capsys: pytest.CaptureFixture[str]) -> None:
     best = json.loads(run(capsys, *JOB, "--json"))["results"][0]
     hours = best["step_time_s"] * 1.1 * 1000 / 3600

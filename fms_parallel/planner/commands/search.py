@@ -26,9 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--html", metavar="FILE.html", help="also write a report that opens in a browser, offline")
     limits = parser.add_argument_group("what may be chosen")
-    limits.add_argument("--pin", action="append", default=[], metavar="RULE", help='such as "tp<=8", "pp=4", "sp=1"')
     limits.add_argument(
-        "--exclude", action="append", default=[], metavar="WORD", help="an axis or policy: pp, cp, full"
+        "--pin", action="extend", nargs="+", default=[], metavar="RULE", help='such as "tp<=8", "pp=4", "sp=1"'
+    )
+    limits.add_argument(
+        "--exclude", action="extend", nargs="+", default=[], metavar="WORD", help="an axis or policy: pp, cp, full"
     )
     limits.add_argument("--max-micro-batch", type=int, metavar="N", help="largest micro-batch")
     limits.add_argument(

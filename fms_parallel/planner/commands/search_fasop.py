@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fms_parallel.planner.commands import common
 
 if TYPE_CHECKING:
+    from fms_parallel.planner.fasop.output import Lines
     from fms_parallel.planner.fasop.search import Options, Row
     from fms_parallel.planner.fasop.tables import Gpu
 
@@ -61,11 +62,12 @@ def run(args: argparse.Namespace) -> int:
     profiles = tables.load_profiles(args.profiles)
     lacking = search.borrowed(nodes, options.model, profiles)
     rows: list[Row] = []
+    lines = output.Lines(args.parsing, args.parsing_file)
     if args.exhaustive:
         rows = list(_asked(nodes, options, profiles))
     else:
         for chosen, one in output.experiments(nodes, options, args.pareto, batches):
-            rows += _priced(list(search.jobs(chosen, one, profiles)), one, args)
+            rows += _priced(list(search.jobs(chosen, one, profiles)), one, lines, args.verbose)
     ordered = search.ranked(rows, args.corrected)
     if args.csv:
         output.write_csv(ordered, args.csv)
@@ -118,15 +120,14 @@ def read_job(args: argparse.Namespace) -> tuple[list[Gpu], Options, list[int]]:
     return nodes, options, [2**k for k in range(limit.bit_length())] if limit else [args.gbs]
 
 
-def _priced(jobs: list[Any], options: Options, args: argparse.Namespace) -> list[Row]:
-    from fms_parallel.planner.fasop import output, search
+def _priced(jobs: list[Any], options: Options, lines: Lines, verbose: bool) -> list[Row]:
+    from fms_parallel.planner.fasop import search
 
-    lines = output.Lines(args.parsing, args.parsing_file)
     lines.meta(len(jobs), jobs[0])
     rows = []
     for number, job in enumerate(jobs, 1):
         head = f"[{number:3}/{len(jobs)}] MBS={job.mbs:2} PP={job.pp:2} DP={job.dp:2} TP={job.tp} | "
-        trace = (lambda text, head=head: _trace(head + text)) if args.verbose else None
+        trace = (lambda text, head=head: _trace(head + text)) if verbose else None
         row = search.price(job, options, trace)
         row.index = number - 1
         lines.row(number, row)

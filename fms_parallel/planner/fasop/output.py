@@ -99,10 +99,12 @@ def skyline(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 class Lines:
-    """The seed's JSON lines, on standard output, in a file, or nowhere."""
+    """The seed's JSON lines as they come: on standard output, in a file that is started anew, or nowhere."""
 
     def __init__(self, shown: bool, path: str | None) -> None:
         self.shown, self.path = shown, path
+        if path:
+            Path(path).write_text("", encoding="utf-8")
 
     def meta(self, count: int, job: Job) -> None:
         """The line before the configurations of one cluster."""
@@ -124,6 +126,7 @@ class Lines:
     def _write(self, value: Mapping[str, Any]) -> None:
         if self.shown:
             sys.stdout.write(json.dumps(value) + "\n")
+            sys.stdout.flush()
         if self.path:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(value) + "\n")

@@ -114,8 +114,10 @@ def shortest(
     before = [np.concatenate([[0.0], column]) for column in into]
     after = [np.concatenate([[0.0], column]) for column in out]
     for stage in range(stages):
-        for end in range(stage + 1, n - (stages - stage - 1) + 1):
-            starts = np.arange(stage, end)
+        for end in _ends(prefix, stage, stages, limit):
+            starts = np.arange(max(stage, int(np.searchsorted(prefix, prefix[end] - limit * (1 + 1e-9)))), end)
+            if not len(starts):
+                continue
             sends = before[stage][starts] + after[stage][end]
             load = prefix[end] - prefix[starts] + sends
             value = join(cost[stage, starts], load)
@@ -124,6 +126,16 @@ def shortest(
             best = int(np.argmin(value))
             cost[stage + 1, end], back[stage + 1, end] = value[best], starts[best]
     return _follow(back, stages, n) if np.isfinite(cost[stages, n]) else []
+
+
+def _ends(prefix: Array, stage: int, stages: int, limit: float) -> range:
+    """Where a stage may end: what lies before and after must fit into the other stages under the limit."""
+    n, later = len(prefix) - 1, stages - stage - 1
+    first, last = stage + 1, n - later
+    if limit < np.inf:
+        first = max(first, int(np.searchsorted(prefix, prefix[-1] - later * limit * (1 + 1e-9))))
+        last = min(last, int(np.searchsorted(prefix, (stage + 1) * limit * (1 + 1e-9), side="right")) - 1)
+    return range(first, last + 1)
 
 
 def _follow(back: Array, stages: int, n: int) -> list[int]:
