@@ -30,6 +30,12 @@ setup(
     python_requires=">=3.10",
     package_dir={"fms_parallel.models": "models"},
     packages=[*LIBRARY, *MODELS],
+    package_data={"fms_parallel.planner": ["data/*.json", "data/profiles/*.npz"]},
+    entry_points={
+        "console_scripts": ["fms-plan=fms_parallel.planner.cli:console"],
+        # Shapes that the planner finds by name without importing a model; users' packages may add a group entry too.
+        "fms_parallel.shapes": ["models=fms_parallel.models.registry:all_shapes"],
+    },
     install_requires=[
         # The private APIs behind `fms_parallel/compat.py` are tested on 2.13.0 only; nothing older is claimed.
         "torch>=2.13",

@@ -115,6 +115,12 @@ def list_sources(architecture: str) -> list[str]:
     return sorted({"native", *REGISTRY.get(architecture).adapters})
 
 
+def all_shapes() -> dict[str, ModelShape]:
+    """Sizes of every variant as `{"architecture:variant": shape}`: what the planner finds through its entry point."""
+    known = (REGISTRY.get(name) for name in REGISTRY.names())
+    return {f"{k.name}:{variant}": config.shape() for k in known for variant, config in k.variants.items()}
+
+
 def config_of(known: Architecture, variant: str | None, overrides: Mapping[str, Any]) -> Any:
     """A variant's config (None: the first one) with some fields replaced; errors as in `get_config`."""
     variant = variant if variant is not None else next(iter(known.variants))

@@ -1,7 +1,7 @@
 """What must not change unnoticed: every variant's parameter names and shapes, and what the small ones compute.
 
-The expectations lie in `expectations/`, one file per architecture; `pytest tests/models/test_signatures.py --capture-signatures`
-writes them anew, and the difference is then read in review.
+The expectations lie in `expectations/`, one file per architecture; `pytest tests/models --capture-signatures` writes
+them anew, and the difference is then read in review.
 """
 
 from __future__ import annotations
