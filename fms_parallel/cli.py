@@ -37,6 +37,10 @@ def run(main: Callable[[], int]) -> NoReturn:
     except FmsError as error:
         _say(str(error), wait=FOLLOWERS_WAIT if _rank() else 0.0)
         code = 2
+    except BrokenPipeError:
+        # Whoever read the output has had enough (`| head`); nothing more can be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST_CONTACT):
             raise
