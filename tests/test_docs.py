@@ -44,7 +44,8 @@ def test_commands_use_flags_that_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_layouts_in_commands_and_code_parse(page: str) -> None:
-    for word in re.findall(r"--distributed (\S+)|distributed_strategy=\"([^\"]+)\"|Layout\.parse\(\"([^\"]+)\"\)", TEXTS[page]):
+    written = r"--distributed (\S+)|distributed_strategy=\"([^\"]+)\"|Layout\.parse\(\"([^\"]+)\"\)"
+    for word in re.findall(written, TEXTS[page]):
         layout = next(filter(None, word))
         if layout not in ("LAYOUT", "`"):
             ParallelLayout.parse(layout)
