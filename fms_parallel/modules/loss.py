@@ -23,8 +23,8 @@ IGNORE = -100
 """Label of a position that has no wanted token."""
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}
-"""Logits held at a time: 32 MiB of fp32 on a CPU, where each chunk reads and writes the whole gradient of the weight, so
-many small ones are slow (a fifth slower at 2 Mi with V = 32000); enough for a GPU to be busy."""
+"""Logits held at a time: 32 MiB of fp32 on a CPU, where each chunk reads and writes the weight's whole gradient, so that
+many small ones are slow (2 Mi: a fifth slower at V = 32000); enough for a GPU to be busy."""
 
 
 class VocabularyShard(NamedTuple):
