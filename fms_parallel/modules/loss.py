@@ -23,8 +23,9 @@ IGNORE = -100
 """Label of a position that has no wanted token."""
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}
-"""Logits held at a time: 32 MiB of fp32 on a CPU, where each chunk reads and writes the weight's whole gradient, so that
-many small ones are slow (2 Mi: a fifth slower at V = 32000); enough for a GPU to be busy."""
+"""Logits held at a time. On a CPU 32 MiB of fp32: each chunk reads and writes the weight's whole gradient, so that many
+small ones are slow (2 Mi: a fifth slower at V = 32000). On a GPU enough for it to be busy.
+"""
 
 
 class VocabularyShard(NamedTuple):
