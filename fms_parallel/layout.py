@@ -104,6 +104,8 @@ class ParallelLayout:
         """A word that would have no effect is refused, not ignored."""
         if self.sp and self.tp == 1:
             raise LayoutError("sp with tp=1: sequence parallelism shards tokens over tp; write tp=N,sp with N >= 2.")
+        if not self.loss_parallel and self.tp == 1:
+            raise LayoutError("loss_parallel=off with tp=1: the vocabulary is cut over tp; add tp=N or drop it.")
         if self.cp == 1 and self.cp_method != "ring":
             raise LayoutError(f"cp_method={self.cp_method} with cp=1: add cp=N or drop it.")
         if self.pp == 1:
@@ -253,9 +255,10 @@ class ParallelLayout:
             return self
         axis = AXES[self.degrees.index(REST)]
         rest = self._rest_of(world_size, axis)
-        # "tp,sp" on one rank is one process: sp means nothing there and was not asked for by number.
-        sp = self.sp and not (axis == "tp" and rest == 1)
-        changes: dict[str, Any] = {axis: rest, "sp": sp}
+        # "tp,sp" on one rank is one process: the words of tp mean nothing there, and tp was not asked for by number.
+        alone = axis == "tp" and rest == 1
+        changes: dict[str, Any] = {axis: rest, "sp": self.sp and not alone}
+        changes["loss_parallel"] = self.loss_parallel or alone
         return replace(self, **changes)
 
     def _rest_of(self, world_size: int, axis: str) -> int:

@@ -44,7 +44,7 @@ def layouts(draw: st.DrawFn) -> ParallelLayout:
     elif open_word:
         degrees[open_word] = REST
     words: dict[str, Any] = {
-        "loss_parallel": draw(st.booleans()),
+        "loss_parallel": degrees["tp"] == 1 or draw(st.booleans()),
         "precision": draw(st.sampled_from(PRECISIONS)),
         "offload": draw(st.sampled_from(OFFLOADS)),
         "recompute": draw(st.sampled_from(RECOMPUTE) | st.integers(1, 99).map("every={}".format)),
@@ -257,6 +257,7 @@ def test_open_degrees_answer_nothing_before_they_are_resolved(text: str) -> None
         ("microbatches=4", "microbatches=4 with pp=1: it belongs to a pipeline; add pp=N or drop it"),
         ("schedule=gpipe", "schedule=gpipe with pp=1"),
         ("virtual_stages=2", "virtual_stages=2 with pp=1"),
+        ("fsdp=2,loss_parallel=off", "loss_parallel=off with tp=1"),
         ("stage_split=3,3", "stage_split=3,3 with pp=1: it belongs to a pipeline"),
         ("cp_method=ulysses", "cp_method=ulysses with cp=1: add cp=N or drop it"),
         ("pp=2,stage_split=1,2,3", "stage_split=1,2,3: pp=2 with virtual_stages=1 needs 2 numbers"),
