@@ -5,7 +5,8 @@
     python benchmarks/train_step.py --json
 
 Every contestant of a row lives in the same ranks and takes its steps in turn (A B C A B C ...), so whatever disturbs
-the machine disturbs all of them. A step is forward, backward, clipping and AdamW(fused). CPU seconds are summed over
+the machine disturbs all of them; in a row of two ranks, a library's one-rank step is taken by rank 0 while rank 1
+waits. A step is forward, backward, clipping and AdamW(fused). CPU seconds are summed over
 ranks; they are the figure to compare, wall time depends on who else uses the cores. Memory is measured in runs of its
 own.
 Losses must agree, or the benchmark fails: nobody is faster by computing something else.
@@ -60,12 +61,14 @@ SIZES = {
 
 ROWS: dict[str, tuple[int, tuple[str, ...]]] = {  # row -> (ranks, contestants)
     "one rank": (1, ("ours", "transformers")),
-    "fsdp": (2, ("ours fsdp=2", "transformers fsdp", "accelerate fsdp2")),
-    "tp": (2, ("ours tp=2", "ours tp=2,sp", "transformers tp")),
-    "dp": (2, ("ours dp=2", "transformers ddp")),
-    "pp": (2, ("ours pp=2,microbatches=4", "ours pp=2,schedule=gpipe,microbatches=4")),
-    "cp": (2, ("ours cp=2", "ours cp=2,cp_method=allgather", "ours cp=2,cp_method=ulysses")),
+    "fsdp": (2, ("ours", "ours fsdp=2", "transformers", "transformers fsdp", "accelerate fsdp2")),
+    "tp": (2, ("ours", "ours tp=2", "ours tp=2,sp", "transformers", "transformers tp")),
+    "dp": (2, ("ours", "ours dp=2", "transformers", "transformers ddp")),
+    "pp": (2, ("ours", "ours pp=2,microbatches=4", "ours pp=2,schedule=gpipe,microbatches=4")),
+    "cp": (2, ("ours", "ours cp=2", "ours cp=2,cp_method=allgather", "ours cp=2,cp_method=ulysses")),
 }
+ALONE = ("ours", "transformers")
+"""Contestants that need one rank."""
 
 
 # ---- contestants ------------------------------------------------------------------------------------------------
@@ -73,6 +76,8 @@ ROWS: dict[str, tuple[int, tuple[str, ...]]] = {  # row -> (ranks, contestants)
 
 def make_step(name: str, size: Size, folder: str) -> Step:
     """The contestant `name`, with the weights that lie in `folder` as a Hugging Face model."""
+    if name in ALONE and dist.is_initialized() and dist.get_rank():
+        return lambda ids, labels: 0.0
     if name.startswith("ours"):
         return _ours(name.removeprefix("ours").strip(), size, folder)
     return _PEERS[name](folder)
@@ -220,7 +225,10 @@ def measure(names: tuple[str, ...], size: Size, folder: str, steps: int) -> dict
             costs[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     for number in range(steps + 1):
         for name, step in ready.items():
-            ids, labels = rows_of(number, size, rank, world, shared=any(axis in name for axis in ("tp", "pp", "cp")))
+            shared = name in ALONE or any(axis in name for axis in ("tp", "pp", "cp"))
+            ids, labels = rows_of(number, size, rank, world, shared)
+            if dist.is_initialized():
+                dist.barrier()
             cpu, wall = time.process_time(), time.perf_counter()
             loss = step(ids, labels)
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
@@ -312,7 +320,7 @@ def main() -> int:
         for row in args.row or ROWS:
             table[row] = measure_row(row, size, folder, args.steps, memory=not args.no_memory)
             if not args.json:
-                print_row(row, table[row], table.get("one rank", {}))
+                print_row(row, table[row])
     if args.json:
         print(json.dumps({"size": asdict(size), "steps": args.steps, "rows": table}))
     return 0
@@ -326,21 +334,25 @@ def measure_row(row: str, size: Size, folder: str, steps: int, memory: bool) -> 
     check_losses(found)
     if memory:
         for name, numbers in found.items():
+            if name in ALONE and ranks > 1:
+                continue
             alone = one_row((name,), ranks, size, folder, 2)[name]
             assert not isinstance(alone, str)
             numbers["peak_MiB"] = max(cost.peak for cost in alone) / 2**20
     return {name: found.get(name, cost) for name, cost in costs.items()}
 
 
-def print_row(row: str, numbers: dict[str, Any], one_rank: dict[str, Any]) -> None:
+def print_row(row: str, numbers: dict[str, Any]) -> None:
     """A few lines, with the ratio to the first peer of the row and to the same library's one rank."""
-    peer = next((n for name, n in numbers.items() if not name.startswith("ours") and isinstance(n, dict)), None)
+    peers = [n for name, n in numbers.items() if not name.startswith("ours") and isinstance(n, dict)]
+    parallel = [n for name, n in numbers.items() if n in peers and name not in ALONE]
+    peer = next(iter(parallel or peers), None)
     print(f"{row:<42} CPU s    wall s   to peer   to own one rank")
     for name, found in numbers.items():
         if isinstance(found, str):
             print(f"  {name:<36} did not run: {found}")
             continue
-        alone = one_rank.get("ours" if name.startswith("ours") else "transformers")
+        alone = numbers.get("ours" if name.startswith("ours") else "transformers")
         to_peer = f"{found['cpu_s'] / peer['cpu_s']:.2f} x" if peer else ""
         to_own = f"{found['cpu_s'] / alone['cpu_s']:.2f} x" if isinstance(alone, dict) else ""
         peak = f"{found['peak_MiB']:.0f} MiB/rank" if "peak_MiB" in found else ""

@@ -35,7 +35,7 @@ def collective_results() -> dict[str, Any]:
         "functional_all_gather": compat.functional_all_gather(mine(), group),
         "functional_reduce_scatter": compat.functional_reduce_scatter(mine(), group),
     }
-    results |= {"replicate": replicated_gradient(), "set_fsdp_reduce_scatter": gradient_by_own_sum()}
+    results |= {"replicate": replicated_gradient(), "set_fsdp_collectives": gradient_by_own_collectives()}
     results |= {"flatten_mesh, join_meshes": gradient_over_joined_meshes()}
     return {name: tensor.tolist() for name, tensor in results.items()} | {"local_shape_and_offset": pieces()}
 
@@ -64,20 +64,26 @@ def replicated_gradient() -> torch.Tensor:
     return model.weight.grad.full_tensor()  # type: ignore[attr-defined]
 
 
-def gradient_by_own_sum() -> torch.Tensor:
-    """The same of an FSDP2 module whose gradients are summed by a function of ours."""
+def gradient_by_own_collectives() -> torch.Tensor:
+    """The same of an FSDP2 module whose parameters are collected and gradients summed by functions of ours."""
     calls = []
 
+    def gather_by_all_reduce(out: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup) -> None:
+        calls.append("gather")
+        own = shard.clone()  # FSDP2 may pass the place in `out` where it belongs
+        out.zero_().chunk(dist.get_world_size(group))[dist.get_rank(group)].copy_(own)
+        dist.all_reduce(out, group=group)
+
     def sum_by_all_reduce(out: torch.Tensor, full: torch.Tensor, group: dist.ProcessGroup) -> None:
-        calls.append(full.shape)
+        calls.append("sum")
         dist.all_reduce(full, group=group)
         out.copy_(full.chunk(dist.get_world_size(group))[dist.get_rank(group)])
 
     model = nn.Linear(3, 1, bias=False)
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    compat.set_fsdp_reduce_scatter(model, sum_by_all_reduce)
+    compat.set_fsdp_collectives(model, gather_by_all_reduce, sum_by_all_reduce)
     model(mine()).sum().backward()
-    assert len(calls) == 1 and model.weight.grad is not None
+    assert calls == ["gather", "sum"] and model.weight.grad is not None
     return model.weight.grad.full_tensor()  # type: ignore[attr-defined]
 
 
@@ -127,7 +133,7 @@ def test_local_shape_and_offset_name_what_a_dtensor_holds(results: list[dict[str
     assert all(result["local_shape_and_offset"] == [(True, True)] * 5 for result in results)
 
 
-@pytest.mark.parametrize("name", ["replicate", "set_fsdp_reduce_scatter", "flatten_mesh, join_meshes"])
+@pytest.mark.parametrize("name", ["replicate", "set_fsdp_collectives", "flatten_mesh, join_meshes"])
 def test_gradients_are_averaged(name: str, results: list[dict[str, Any]]) -> None:
     want = BOTH.sum(0, keepdim=True) / 2
     assert all(torch.equal(result[name], want) for result in results)
@@ -137,7 +143,7 @@ def test_every_function_is_tested() -> None:
     functions = {name for name, f in inspect.getmembers(compat, inspect.isfunction) if f.__module__ == compat.__name__}
     assert functions == {
         *("all_gather_single", "reduce_scatter_single", "local_shape_and_offset", "replicate"),
-        *("set_fsdp_reduce_scatter", "assert_on_device"),
+        *("set_fsdp_collectives", "assert_on_device"),
         *("functional_all_reduce", "functional_all_gather", "functional_reduce_scatter"),
         *("flatten_mesh", "join_meshes", "has_attention_sums", "attention_sums", "attention_sums_backward"),
     }

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fms_parallel import compat
+from fms_parallel.distributed import direct
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     if torch.compiler.is_compiling():
         return compat.functional_all_reduce(x, axis.group)
     x = x.contiguous()
-    dist.all_reduce(x, group=axis.group)
+    MEANS.get(axis.backend, NATIVE).all_reduce(x, axis.group)
     return x
 
 
@@ -73,7 +74,7 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     if torch.compiler.is_compiling():
         return compat.functional_all_gather(x.contiguous(), axis.group)
     out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    compat.all_gather_single(out, x.contiguous(), axis.group)
+    MEANS.get(axis.backend, NATIVE).all_gather(out, x.contiguous(), axis.group)
     return out
 
 
@@ -85,19 +86,25 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
         return compat.functional_reduce_scatter(x.contiguous(), axis.group)
     x = x.contiguous()
     out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
-    REDUCE_SCATTER.get(axis.backend, compat.reduce_scatter_single)(out, x, axis.group)
+    MEANS.get(axis.backend, NATIVE).reduce_scatter(out, x, axis.group)
     return out
 
 
-def exchange_and_add(out: Tensor, full: Tensor, group: dist.ProcessGroup) -> None:
-    """Reduce-scatter along dim 0. gloo's own costs three times the CPU of exchanging chunks and adding them here."""
-    received = torch.empty_like(full)
-    dist.all_to_all_single(received, full, group=group)
-    torch.sum(received.unflatten(0, (dist.get_world_size(group), -1)), 0, out=out)
+def _sum(x: Tensor, group: dist.ProcessGroup) -> None:
+    dist.all_reduce(x, group=group)
 
 
-REDUCE_SCATTER: dict[str, Callable[[Tensor, Tensor, dist.ProcessGroup], None]] = {"gloo": exchange_and_add}
-"""Backend -> (out, full, group): a sum that is cheaper than the backend's own."""
+class Means(NamedTuple):
+    """How a backend does it: `all_reduce(x, group)` in place, the others into `out`, along dim 0."""
+
+    all_reduce: Callable[[Tensor, dist.ProcessGroup], object]
+    all_gather: Callable[[Tensor, Tensor, dist.ProcessGroup], None]
+    reduce_scatter: Callable[[Tensor, Tensor, dist.ProcessGroup], None]
+
+
+NATIVE = Means(_sum, compat.all_gather_single, compat.reduce_scatter_single)
+MEANS = {"gloo": Means(direct.all_reduce, direct.all_gather, direct.reduce_scatter)}
+"""Backend -> what is cheaper than its own."""
 
 
 def _exchange(x: Tensor, axis: Axis) -> Tensor:

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from fms_parallel import compat
-from fms_parallel.distributed.collectives import REDUCE_SCATTER
+from fms_parallel.distributed.collectives import MEANS
 from fms_parallel.modules.tp import TPModule, own_parameters, twin_of
 from fms_parallel.strategy.base import Strategy, repeated_blocks
 
@@ -53,7 +53,7 @@ class FullyShardStrategy(Strategy):
     def distribute(self, model: nn.Module) -> nn.Module:
         """Cut `model` in place."""
         shards = self.mesh.get_group(self.mesh.ndim - 1)
-        cheaper = REDUCE_SCATTER.get(dist.get_backend(shards))
+        cheaper = MEANS.get(dist.get_backend(shards))
 
         def shard(group: list[nn.Module], is_last: bool) -> None:
             fully_shard(
@@ -64,7 +64,7 @@ class FullyShardStrategy(Strategy):
                 reshard_after_forward=self.free_after_forward and not is_last,
             )
             if cheaper is not None:
-                compat.set_fsdp_reduce_scatter(group[0], cheaper)
+                compat.set_fsdp_collectives(group[0], cheaper.all_gather, cheaper.reduce_scatter)
 
         _each_group(model, shard)
         return model
@@ -88,7 +88,8 @@ class ReplicateStrategy(Strategy):
 
 def _each_group(model: nn.Module, wrap: Callable[[list[nn.Module], bool], None]) -> None:
     """Wrap each group, then the root, which owns what no group has (tied parameters, for one)."""
-    groups = parameter_groups(model)
+    own = getattr(model, "parameter_groups", None)  # a module that knows which of its parts run
+    groups = own() if own is not None else parameter_groups(model)
     for index, group in enumerate(groups):
         wrap(group, index == len(groups) - 1)
     wrap([model], False)

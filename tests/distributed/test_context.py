@@ -304,8 +304,8 @@ EXPECTED: list[tuple[str, int, dict[str, int], dict[str, int]]] = [
     # Per block: keys and values travel cp - 1 times; back again so, with cp - 1 hops of their gradients.
     ("ring", 2, both_ways(2), both_ways(4)),
     ("ring", 4, both_ways(6), both_ways(12)),
-    # Gathered once; their gradients are summed by one exchange (see REDUCE_SCATTER).
-    ("allgather", 2, {"_allgather_base_": 2}, {"alltoall_base_": 2}),
+    # Gathered once, their gradients summed once; over gloo by sends and receives (`distributed/direct.py`).
+    ("allgather", 2, both_ways(2), both_ways(2)),
     # Queries, keys and values there in one, the result back in another.
     ("ulysses", 2, {"alltoall_base_": 4}, {"alltoall_base_": 4}),
 ]
