@@ -21,6 +21,9 @@ torch.set_num_threads(1)
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
     parser.addoption(
+        "--drawn", type=int, default=24, help="layouts that test_drawn_layouts.py draws (default: %(default)s)"
+    )
+    parser.addoption(
         "--capture-signatures", action="store_true", help="write the models' signatures anew instead of comparing"
     )
 
