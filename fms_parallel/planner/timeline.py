@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,12 @@ def as_text(events: Sequence[Event], ranks: int, width: int = 100) -> str:
 
 
 def write_plot(events: Sequence[Event], ranks: int, path: str | Path) -> None:
-    """A Gantt plot as PNG, SVG or PDF, by the file's suffix.
+    """A Gantt plot as PNG, SVG or PDF, by the file's suffix. Raises ConfigError: matplotlib is not installed."""
+    write_plots({"": events}, ranks, path)
 
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
+
+def write_plots(panels: Mapping[str, Sequence[Event]], ranks: int, path: str | Path) -> None:
+    """Several timelines below one another, over the same seconds; by title. Raises ConfigError as `write_plot`."""
     try:
         import matplotlib
 
@@ -64,17 +65,24 @@ def write_plot(events: Sequence[Event], ranks: int, path: str | Path) -> None:
         from matplotlib import pyplot
     except ImportError:
         raise ConfigError("a plot needs matplotlib: pip install 'fms_parallel[plot]'.") from None
-    figure, axes = pyplot.subplots(figsize=(12, 0.4 * ranks + 1.2))
+    height = len(panels) * (0.4 * ranks + 1.2)
+    figure, rows = pyplot.subplots(len(panels), figsize=(12, height), sharex=True, squeeze=False, layout="constrained")
+    for (title, events), axes in zip(panels.items(), rows[:, 0], strict=True):
+        _draw(axes, events, ranks)
+        axes.set(title=title, ylabel="pipeline rank", yticks=range(ranks))
+        axes.invert_yaxis()
+    rows[-1, 0].set(xlabel="seconds")
+    rows[0, 0].legend(loc="lower right", fontsize="small")
+    figure.savefig(path, bbox_inches="tight", dpi=130)
+    pyplot.close(figure)
+
+
+def _draw(axes: Any, events: Sequence[Event], ranks: int) -> None:
     for kind, colour in COLOURS.items():
+        label: str | None = {"F": "forward", "B": "backward", "W": "weight gradients"}[kind]
         for rank in range(ranks):
             pieces = [(e.start, e.end - e.start) for e in events if e.rank == rank and e.work.kind == kind]
             if pieces:
-                label = {"F": "forward", "B": "backward", "W": "weight gradients"}[kind] if rank == 0 else None
-                axes.broken_barh(
-                    pieces, (rank - 0.4, 0.8), facecolors=colour, edgecolors="white", linewidth=0.3, label=label
-                )
-    axes.set(xlabel="seconds", ylabel="pipeline rank", yticks=range(ranks))
-    axes.invert_yaxis()
-    axes.legend(loc="lower right", fontsize="small")
-    figure.savefig(path, bbox_inches="tight", dpi=130)
-    pyplot.close(figure)
+                bars = {"facecolors": colour, "edgecolors": "white", "linewidth": 0.3, "label": label}
+                axes.broken_barh(pieces, (rank - 0.4, 0.8), **bars)
+                label = None
