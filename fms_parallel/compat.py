@@ -5,8 +5,10 @@ Nothing else in the library imports a torch name with a leading underscore. Test
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -109,7 +111,9 @@ def set_fsdp_collectives(
 
 def flatten_mesh(mesh: DeviceMesh, names: tuple[str, ...]) -> DeviceMesh:
     """Several dimensions of a mesh as one, `("fsdp", "cp")` as `fsdp_cp`. Collective when it is asked for first."""
-    return mesh[names]._flatten("_".join(names))
+    flat = mesh[names]._flatten("_".join(names))
+    set_group_timeout(flat.get_group(), group_timeout())
+    return flat
 
 
 def join_meshes(meshes: list[DeviceMesh]) -> DeviceMesh:
@@ -135,6 +139,27 @@ def schedule_of_cells(stages: list[Any], micro_batches: int, loss: Callable[...,
     return schedule
 
 
+@contextmanager
+def forwards_only(schedule: Any) -> Iterator[None]:
+    """Inside, a pipeline schedule leaves out its backward pass.
+
+    Its own `eval` walks through it, and trips where two neighbouring stages are on one rank.
+    """
+    from torch.distributed.pipelining.schedules import _ComputationType as Kind
+
+    whole = getattr(schedule, "pipeline_order_with_comms", None)  # schedules of one stage per rank have none
+    if whole is not None:
+        kept = (Kind.FORWARD, Kind.SEND_F, Kind.RECV_F, Kind.UNSHARD, Kind.RESHARD)
+        parts = {rank: [part for action in row for part in action.sub_actions or (action,)] for rank, row in whole.items()}
+        forwards = {rank: [part for part in row if part.computation_type in kept] for rank, row in parts.items()}
+        schedule.pipeline_order_with_comms = forwards
+    try:
+        yield
+    finally:
+        if whole is not None:
+            schedule.pipeline_order_with_comms = whole
+
+
 def schedule_cells(name: str, ranks: int, held: list[int], count: int, micro_batches: int) -> list[list[str]]:
     """What each rank does in torch's multi-stage schedule `name`, cell by cell; empty cells wait.
 
@@ -149,6 +174,34 @@ def schedule_cells(name: str, ranks: int, held: list[int], count: int, micro_bat
     stages = [SimpleNamespace(**place, stage_index=n, is_first=n == 0, is_last=n == count - 1) for n in held]
     schedule: Any = get_schedule_class(name)(stages, micro_batches)  # type: ignore[arg-type]
     return [["" if a is None else str(a) for a in schedule.pipeline_order[rank]] for rank in range(ranks)]
+
+
+def compile_within(modules: list[nn.Module], budget: float, backend: str = "inductor") -> None:
+    """Compile each module so that it keeps at most this fraction of its activations and makes the others again."""
+    from torch._dynamo import lookup_backend
+    from torch._functorch import config
+
+    compile_graph = lookup_backend(backend)
+
+    def compile_graph_within(graph: Any, inputs: list[Tensor]) -> Any:
+        # What is kept is decided in here; the setting itself is of the whole process.
+        with config.patch(activation_memory_budget=budget):
+            return compile_graph(graph, inputs)
+
+    for module in modules:  # one function for all of them: what is alike is compiled once
+        module.compile(dynamic=False, backend=compile_graph_within)
+
+
+def forget_meshes() -> None:
+    """Empty DTensor's caches of how operations are sharded: they keep every mesh, and so its groups' connections."""
+    from torch.distributed.tensor import DTensor, _redistribute
+    from torch.distributed.tensor._collective_utils import MeshTopoInfo
+
+    MeshTopoInfo.build_from_mesh.cache_clear()  # type: ignore[attr-defined]
+    _redistribute.clear_redistribute_planner_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
+    torch._C._clear_DTensor_sharding_propagator_cache()
 
 
 def has_attention_sums(q: Tensor) -> bool:
@@ -186,12 +239,11 @@ def attention_sums_backward(
 
 def has_prepacked_linear(weight: Tensor) -> bool:
     """Whether torch can lay out a matrix like this for oneDNN once and for all."""
-    cpu = weight.device.type == "cpu" and weight.numel() > 0 and torch.backends.mkldnn.is_available()
-    return cpu and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and _mkldnn_bf16())
-
-
-def _mkldnn_bf16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if weight.device.type != "cpu" or weight.numel() == 0 or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
 
 
 def prepack_linear(weight: Tensor, rows: int) -> Tensor:
@@ -205,25 +257,17 @@ def prepacked_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def has_int8_linear(x: Tensor, values: Tensor) -> bool:
-    """Whether torch multiplies rows like these by int8 values in one kernel that is faster than casting them."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and values.dtype == torch.int8 and values.numel() > 0
+    """Whether torch multiplies rows like these by int8 values in one kernel that is faster than casting them.
+
+    It reads whole vectors without looking where a row ends (torch 2.13: wrong results and crashes for a width of 24).
+    """
+    fits = values.dtype == torch.int8 and values.numel() > 0 and values.shape[1] % 32 == 0
+    return fits and x.device.type == "cpu" and x.dtype == torch.bfloat16
 
 
 def int8_linear(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     """`x [T, E]` times `scale[:, None] * values [N, E]` -> `[T, N]`."""
-    return torch._weight_int8pack_mm(x, values, scale)
-
-
-@contextmanager
-def fake_tensors() -> Iterator[Callable[[Tensor, torch.dtype | None], Tensor]]:
-    """Inside, operations make tensors with shapes and without memory; gives `fake(tensor, dtype or None)`, on the CPU."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    def fake(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-        return torch.empty(tensor.shape, dtype=dtype if dtype and tensor.is_floating_point() else tensor.dtype)
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield fake
+    return torch._weight_int8pack_mm(x.contiguous(), values.contiguous(), scale)
 
 
 def needs_values(error: BaseException) -> bool:
@@ -255,6 +299,152 @@ def watch_operations(saw: Callable[[Any, list[Tensor], list[Tensor], int], None]
         yield
 
 
+def flatten_tree(tree: Any) -> tuple[list[Any], Any]:
+    """(leaves, structure) of nested tuples, lists, dicts and what libraries have registered (transformers' outputs)."""
+    from torch.utils._pytree import tree_flatten
+
+    return tree_flatten(tree)
+
+
+def unflatten_tree(leaves: list[Any], structure: Any) -> Any:
+    """What `flatten_tree` took apart, with these leaves."""
+    from torch.utils._pytree import tree_unflatten
+
+    return tree_unflatten(leaves, structure)
+
+
 def storage_number(tensor: Tensor) -> int:
     """A number that tensors of one storage share, and no other tensor has while that storage lives."""
     return tensor.untyped_storage()._cdata
+
+
+# ---- simulation -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def fake_process_group(rank: int, world_size: int) -> Iterator[None]:
+    """A process group of which only this rank exists: every collective returns at once and moves nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Set timeout is now only supported", category=UserWarning)
+            yield
+    finally:
+        dist.destroy_process_group()
+        forget_meshes()
+
+
+def unreal_tensors() -> Any:
+    """A mode, to enter as often as one likes: tensors have shapes, dtypes and storages of a size, and no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def intercept(answer: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+    """Inside, `answer(operation, args, kwargs)` runs every operation on plain tensors, collectives included.
+
+    Operations on DTensors come as those on their local tensors.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Intercept(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if any(issubclass(kind, DTensor) for kind in types):
+                return NotImplemented
+            return answer(func, args, kwargs or {})
+
+    with Intercept():
+        yield
+
+
+@contextmanager
+def storage_resizes(told: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Inside, `told(storage)` after each `storage.resize_`, by which FSDP2 frees and takes gathered parameters."""
+    resize = torch.UntypedStorage.resize_
+
+    def noted(storage: torch.UntypedStorage, size: int) -> Any:
+        result = resize(storage, size)
+        told(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = noted  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
+def fsdp_took_new_parameters(module: nn.Module) -> None:
+    """Tell an FSDP2 module that its parameter objects were replaced; nothing for other modules."""
+    state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None  # type: ignore[operator]
+    group = state and state._fsdp_param_group
+    for parameter in group.fsdp_params if group else ():
+        parameter.reset_sharded_param()
+
+
+def group_of_collective(func: Any, args: tuple[Any, ...]) -> dist.ProcessGroup | None:
+    """The process group that a collective's operation was given, as an object or by name."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    if func.namespace == "c10d":
+        found = [value for value in args if isinstance(value, torch.ScriptObject)]
+        return dist.ProcessGroup.unbox(found[0]) if found else None
+    name: Any = next(value for value in reversed(args) if isinstance(value, str))
+    return _resolve_process_group(name)
+
+
+def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """How long every later collective of `group` waits. Mesh dimensions start with half an hour, whatever the job has."""
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    if dist.get_backend(group) in ("gloo", "nccl"):  # others, such as torch's fake one, wait for nobody
+        _set_pg_timeout(timeout, group)
+
+
+def group_timeout(group: dist.ProcessGroup | None = None) -> timedelta:
+    """How long a collective of `group`, by default of the whole job, waits; as it was made, or torch's own default."""
+    from torch.distributed.distributed_c10d import _get_default_group, _get_default_timeout
+
+    group = group or _get_default_group()
+    options: Any = getattr(group._get_backend(group._device_types[0]), "options", None)
+    found: timedelta | None = getattr(options, "_timeout", None)
+    return found if found is not None else _get_default_timeout(dist.get_backend(group))
+
+
+def mesh_groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
+    """The process groups of this rank that belong to a mesh alone: its dimensions, and those made of several."""
+    root = mesh._get_root_mesh()
+    found = [group for one in (root, *root._flatten_mapping.values()) for group in one.get_all_groups()]
+    return list({id(group): group for group in found if group is not dist.group.WORLD}.values())
+
+
+def close_mesh(mesh: DeviceMesh) -> None:
+    """Destroy a mesh's process groups. Torch's caches keep meshes alive, and those their groups' threads: let go here."""
+    groups = mesh_groups(mesh)
+    root = mesh._get_root_mesh()
+    for one in (root, *root._flatten_mapping.values()):
+        one._pg_registry.clear()
+    for group in groups:
+        dist.destroy_process_group(group)
+
+
+def has_unreduced_gradients(model: nn.Module) -> bool:
+    """Whether an FSDP2 module keeps gradients of micro-batches that it has not summed over the ranks yet."""
+    from torch.distributed.fsdp import FSDPModule
+
+    groups = (
+        group
+        for module in model.modules()
+        if isinstance(module, FSDPModule)
+        for group in module._get_fsdp_state()._fsdp_param_groups
+    )
+    return any(
+        parameter.unsharded_accumulated_grad is not None
+        or getattr(getattr(parameter, "_unsharded_param", None), "grad", None) is not None
+        for group in groups
+        for parameter in group.fsdp_params
+    )

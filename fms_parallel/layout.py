@@ -19,19 +19,28 @@ from math import prod
 from typing import Any
 
 from fms_parallel.errors import LayoutError, unknown
-from fms_parallel.schedules import SCHEDULES
+from fms_parallel.schedules import FILE, SCHEDULES, check_schedule_word, find_schedule, least_stages_per_rank
 from fms_parallel.shape import ModelShape
+from fms_parallel.words import (
+    RECOMPUTE,
+    RECOMPUTE_WORDS,
+    REST,
+    as_text,
+    choice_reader,
+    read_degree,
+    read_flag,
+    read_number,
+    read_numbers,
+    recompute_number,
+    split_words,
+)
 
 AXES = ("pp", "dp", "fsdp", "cp", "tp")
 """Mesh dimensions, outermost first: neighbours on the innermost axis talk most."""
 
-REST = 0
-"""A degree still open: the ranks that the other axes leave. `resolve` replaces it."""
-
 CP_METHODS = ("ring", "allgather", "ulysses")
 PRECISIONS = ("fp32", "bf16", "fp64")
 OFFLOADS = ("none", "params", "optimizer_state", "optimizer_step")
-RECOMPUTE = ("none", "full", "selective")  # and every=N
 
 ALIASES = {"ddp": "dp"}
 NOT_YET = {"ep": "expert parallelism is a designed seam (see ARCHITECTURE.md); shard experts over tp instead"}
@@ -46,11 +55,12 @@ class ParallelLayout:
         tp: shards of every matrix. Each is a degree >= 1; one of them may be `REST` until `resolve` is called.
         sp: with tp, norms, residuals and dropout hold 1/tp of the tokens.
         loss_parallel: with tp, logits stay sharded over the vocabulary up to the loss.
-        schedule: pipeline schedule. microbatches: pieces that a step's batch is cut into (pipeline only); 1 means as
-            many as there are stages. virtual_stages: stages per rank; interleaving and v-shaped schedules have at
-            least two. stage_split: blocks of each stage.
+        schedule: pipeline schedule; `file:PATH` is one of the user's own. microbatches: pieces that a step's batch is
+            cut into (pipeline only); 1 means as many as there are stages. virtual_stages: stages per rank; interleaving
+            and v-shaped schedules have at least two. stage_split: blocks of each stage.
         cp_method: how context parallelism moves keys and values.
-        recompute: `none`, `full`, `selective`, or `every=N` (each N-th block is recomputed in the backward pass).
+        recompute: `none`, `full`, `selective`, `every=N` (each N-th block is recomputed in the backward pass), or
+            `budget=0.5` (compiled blocks keep that fraction of what they would keep).
         precision: what matrices are multiplied in; parameters and optimizer keep fp32 under bf16.
         offload: what lives on the host between uses.
         hsdp: dp and fsdp are still open, together, until `resolve` is called.
@@ -78,7 +88,8 @@ class ParallelLayout:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise LayoutError(unknown(name, str(getattr(self, name)), known))
-        self.recompute_interval  # noqa: B018 - parses the word, so that a bad one is refused here
+        check_schedule_word(str(self.schedule))
+        recompute_number(self.recompute)  # so that a bad word is refused here
         if self.hsdp and (self.dp, self.fsdp) != (1, 1):
             raise LayoutError(f"{self}: {_HSDP_SETS_BOTH}")
         if self.degrees.count(REST) + self.hsdp > 1:
@@ -112,11 +123,13 @@ class ParallelLayout:
             for name in ("schedule", "microbatches", "virtual_stages", "stage_split"):
                 value = getattr(self, name)
                 if value != _DEFAULTS[name]:
-                    raise LayoutError(f"{_word(name, value)} with pp=1: it belongs to a pipeline; add pp=N or drop it.")
+                    raise LayoutError(
+                        f"{as_text(name, value)} with pp=1: it belongs to a pipeline; add pp=N or drop it."
+                    )
         if self.stage_split is not None and self.pp != REST and len(self.stage_split) != self.stages:
+            split, each = as_text("stage_split", self.stage_split), self.stages // self.pp
             raise LayoutError(
-                f"{_word('stage_split', self.stage_split)}: pp={self.pp} with virtual_stages={self.stages // self.pp} "
-                f"needs {self.stages} numbers, one for each stage."
+                f"{split}: pp={self.pp} with virtual_stages={each} needs {self.stages} numbers, one for each stage."
             )
 
     # ---- what others ask it -------------------------------------------------------------------------------------
@@ -140,7 +153,17 @@ class ParallelLayout:
     @property
     def stages(self) -> int:
         """Pipeline stages over all ranks; interleaving and v-shaped schedules have at least two per rank."""
-        return self.pp * max(self.virtual_stages, SCHEDULES[self.schedule].stages_per_rank if self.pp > 1 else 1)
+        return self.pp * max(self.virtual_stages, least_stages_per_rank(self.schedule) if self.pp > 1 else 1)
+
+    def stages_of(self, rank: int) -> list[int]:
+        """The stages that pipeline rank `rank` holds, in order. Raises LayoutError for a file that cannot be read."""
+        return find_schedule(self.schedule).stages_of(rank, self.pp, self.stages)
+
+    @property
+    def homes(self) -> tuple[int, ...]:
+        """The pipeline rank of every stage; raises as `stages_of`."""
+        home = {stage: rank for rank in range(self.pp) for stage in self.stages_of(rank)}
+        return tuple(home[stage] for stage in range(self.stages))
 
     @property
     def pieces(self) -> int:
@@ -164,13 +187,15 @@ class ParallelLayout:
 
     @property
     def recompute_interval(self) -> int:
-        """0: recompute nothing; 1: every block; N: each N-th block. `selective` counts as 1."""
+        """0: recompute nothing; 1: every block; N: each N-th block. `selective` counts as 1, a budget as 0."""
         if self.recompute in RECOMPUTE:
             return 0 if self.recompute == "none" else 1
-        word, _, number = str(self.recompute).partition("=")
-        if word == "every" and number.isdecimal() and int(number) >= 1:
-            return int(number)
-        raise LayoutError(unknown("recompute policy", str(self.recompute), (*RECOMPUTE, "every=N")))
+        return 0 if self.recompute_budget is not None else int(recompute_number(self.recompute))
+
+    @property
+    def recompute_budget(self) -> float | None:
+        """The fraction of activations that compiled blocks may keep, or None."""
+        return recompute_number(self.recompute) if str(self.recompute).startswith("budget=") else None
 
     # ---- from and to text ---------------------------------------------------------------------------------------
 
@@ -184,7 +209,7 @@ class ParallelLayout:
         if isinstance(text, ParallelLayout):
             return text
         values: dict[str, Any] = {}
-        for word, value in _split_words(text or ""):
+        for word, value in split_words(text or ""):
             name = ALIASES.get(word, word)
             if name in NOT_YET:
                 raise LayoutError(f"{word}: {NOT_YET[name]}.")
@@ -204,7 +229,7 @@ class ParallelLayout:
     def __str__(self) -> str:
         """The shortest text that parses back to this layout; `""` is one process."""
         values = {field: getattr(self, field) for field in _DEFAULTS}
-        return ",".join(_word(name, value) for name, value in values.items() if value != _DEFAULTS[name])
+        return ",".join(as_text(name, value) for name, value in values.items() if value != _DEFAULTS[name])
 
     def to_json(self) -> str:
         """One JSON object with every field."""
@@ -308,20 +333,33 @@ class ParallelLayout:
                 f"{self.stages} pipeline stages (pp={self.pp} * virtual_stages={self.stages // self.pp}) for "
                 f"{shape.layers} blocks: each stage needs one; use at most {shape.layers} stages."
             )
-        refusal = SCHEDULES[self.schedule].refusal(self.pieces, self.pp, self.stages) if self.pp > 1 else None
+        self.check_schedule()
+        if self.stage_split is not None and sum(self.stage_split) != shape.layers:
+            split = as_text("stage_split", self.stage_split)
+            raise LayoutError(
+                f"{split} adds up to {sum(self.stage_split)} blocks but the model has {shape.layers}: "
+                "change a number, or drop it for an even split."
+            )
+
+    def check_schedule(self) -> None:
+        """Raises LayoutError when the schedule cannot run these stages and micro-batches, or its file not be read."""
+        if self.pp == 1:
+            return
+        schedule = find_schedule(self.schedule)
+        refusal = schedule.refusal(self.pieces, self.pp, self.stages)
         if refusal is not None:
             raise LayoutError(f"schedule={self.schedule} with pp={self.pp}: {refusal}.")
-        if self.stage_split is not None and sum(self.stage_split) != shape.layers:
+        if self.recompute == "selective" and schedule.splits_backward:
             raise LayoutError(
-                f"{_word('stage_split', self.stage_split)} adds up to {sum(self.stage_split)} blocks but the model has "
-                f"{shape.layers}: change a number, or drop it for an even split."
+                f"schedule={self.schedule} goes through a block twice in its backward pass, and recompute=selective "
+                "keeps results for one: use recompute=full, or another schedule."
             )
 
 
 # ---- helpers of this page ---------------------------------------------------------------------------------------
 
 _DEFAULTS = {f.name: f.default for f in fields(ParallelLayout)}
-_CHOICES = {"schedule": SCHEDULES, "cp_method": CP_METHODS, "precision": PRECISIONS, "offload": OFFLOADS}
+_CHOICES = {"cp_method": CP_METHODS, "precision": PRECISIONS, "offload": OFFLOADS}
 _FLAGS = ("sp", "loss_parallel", "hsdp")
 _HSDP_SETS_BOTH = "hsdp already sets dp and fsdp; drop it or drop them."
 
@@ -330,66 +368,14 @@ def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _split_words(text: str) -> list[tuple[str, str | None]]:
-    """`"a=1,b"` -> [("a", "1"), ("b", None)]; a number alone continues the list before it (`stage_split=7,9,9,7`)."""
-    words: list[tuple[str, str | None]] = []
-    for part in (piece.strip() for piece in text.split(",")):
-        if not part:
-            if text.strip():
-                raise LayoutError(f"{text!r}: an empty word between commas.")
-            continue
-        name, equals, value = part.partition("=")
-        if not equals and part.isdecimal() and words and words[-1][0] == "stage_split" and words[-1][1]:
-            words[-1] = ("stage_split", f"{words[-1][1]},{part}")
-        else:
-            words.append((name.strip(), value.strip() if equals else None))
-    return words
-
-
-def _read_degree(name: str, value: str | None) -> int:
-    return REST if value is None else _read_number(name, value)
-
-
-def _read_number(name: str, value: str | None) -> int:
-    if value is None or not value.isdecimal() or int(value) < 1:
-        raise LayoutError(f"{name}={value or ''}: needs a whole number >= 1, as in {name}=2.")
-    return int(value)
-
-
-def _read_flag(name: str, value: str | None) -> bool:
-    flags = {None: True, "true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
-    if value not in flags:
-        raise LayoutError(f"{name}={value}: is on or off; write {name} or {name}=off.")
-    return flags[value]
-
-
-def _read_choice(name: str, value: str | None) -> str:
-    if not value:
-        raise LayoutError(f"{name} needs a value: one of {', '.join(_CHOICES.get(name, (*RECOMPUTE, 'every=N')))}.")
-    return value
-
-
-def _read_split(name: str, value: str | None) -> tuple[int, ...]:
-    return tuple(_read_number(name, piece.strip()) for piece in (value or "").split(","))
-
-
+_CHOICE_WORDS = {**_CHOICES, "recompute": RECOMPUTE_WORDS, "schedule": (*SCHEDULES, f"{FILE}PATH")}
 _READERS: dict[str, Callable[[str, str | None], Any]] = {
-    **{axis: _read_degree for axis in AXES},
-    **{name: _read_flag for name in _FLAGS},
-    **{name: _read_number for name in ("microbatches", "virtual_stages")},
-    **{name: _read_choice for name in ("schedule", "cp_method", "recompute", "precision", "offload")},
-    "stage_split": _read_split,
+    **{axis: read_degree for axis in AXES},
+    **{name: read_flag for name in _FLAGS},
+    **{name: read_number for name in ("microbatches", "virtual_stages")},
+    **{name: choice_reader(known) for name, known in _CHOICE_WORDS.items()},
+    "stage_split": read_numbers,
 }
-
-
-def _word(name: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return name if value else f"{name}=off"
-    if name in AXES and value == REST:
-        return name
-    if isinstance(value, tuple):
-        return f"{name}={','.join(map(str, value))}"
-    return f"{name}={value}"
 
 
 def _product(layout: ParallelLayout) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from fms_parallel.checkpoint.export import save_weights
 from fms_parallel.checkpoint.load import load_weights
@@ -22,12 +23,15 @@ from fms_parallel.errors import CheckpointError, ConfigError, LayoutError, unkno
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.shape import ModelShape
 from fms_parallel.strategy.base import Strategy
+from fms_parallel.strategy.compose import DTYPES as STORED_AS
 from fms_parallel.strategy.compose import compose, refuse_unimplemented
 from fms_parallel.strategy.context import refuse_without_context
 from fms_parallel.strategy.materialise import initialise, materialise
+from fms_parallel.strategy.recompute import refuse_budget_without_compile
 
 from .checked import checked
 from .hf.pretrained import CONFIGURED, PRETRAINED, described
+from .quantised import check_linear_type, drawn_tensors, quantised_filler
 from .registry import REGISTRY, Architecture, config_of, list_sources, replaced
 from .sources import check_described, open_native
 
@@ -80,6 +84,9 @@ def get_model(
     seed: int = 0,
     compile_blocks: bool = False,
     fill: Callable[[nn.Module], None] | None = None,
+    mesh: DeviceMesh | None = None,
+    linear_type: str | None = None,
+    linear_skip: tuple[str, ...] = (),
     **overrides: Any,
 ) -> nn.Module:
     """Build a model, spread it over the ranks, and fill it.
@@ -96,7 +103,9 @@ def get_model(
         group: the ranks to spread over; only the whole world (None) is supported.
         seed: of the initial weights: the same seed gives the same global weights in every layout.
         compile_blocks: torch.compile each block.
-        fill: writes the weights instead, say from a training checkpoint.
+        fill: writes the weights instead, say from a training checkpoint. mesh: the layout's, when it exists already.
+        linear_type: how matrices are stored (`int8`); weights are rounded while they are read. None: in `data_type`.
+        linear_skip: modules whose matrices are not, as `skip` of `modules.linear_types.quantise`.
         overrides: config fields to replace.
     Returns:
         the module, holding this rank's shards, with `.config` and `.parallel`.
@@ -113,7 +122,9 @@ def get_model(
     layout = ParallelLayout() if strategy else _layout(distributed_strategy, launch)  # type: ignore[arg-type]
     layout.validate(config.shape())
     refuse_unimplemented(layout)
+    refuse_budget_without_compile(layout, compile_blocks)
     refuse_without_context(known.build, layout)
+    check_linear_type(linear_type, linear_skip, layout, own_fill=fill is not None)
     if model_path is not None:
         check_described(known, config, Path(model_path))
     if layout.world_size > 1 and not dist.is_initialized():
@@ -123,13 +134,19 @@ def get_model(
         model = known.build(config)
     if fill is not None and model_path is not None:
         raise ConfigError(f"model_path={str(model_path)!r} and fill both write the weights: give one of them.")
+    if linear_type is not None:
+        if model_path is None:
+            tensors = drawn_tensors(model, seed, dtype or STORED_AS[layout.precision])
+        else:
+            tensors = open_native(known, config, Path(model_path), source)
+        fill = quantised_filler(model, linear_type, linear_skip, tensors, str(model_path or f"seed {seed}"))
     fill = fill or _filler(known, config, model_path, source, seed)
     if strategy is not None:
         model = strategy.distribute(model if dtype is None else model.to(dtype))
         materialise(model, device)
         fill(model)
     else:
-        model = compose(model, layout, device=device, fill=fill, compile_blocks=compile_blocks, dtype=dtype)
+        model = compose(model, layout, device=device, mesh=mesh, fill=fill, compile_blocks=compile_blocks, dtype=dtype)
     model.architecture = known.name  # type: ignore[assignment]
     return model
 

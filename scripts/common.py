@@ -41,7 +41,9 @@ def add_model_flags(parser: argparse.ArgumentParser, architecture: str | None, d
     model.add_argument("--override", action="append", default=[], metavar="FIELD=VALUE", help="replace a config field")
     model.add_argument("--model_path", help="safetensors file or folder to start from; without it, weights are drawn")
     model.add_argument("--checkpoint_format", help="whose keys --model_path has: hf, native (default: found out)")
-    model.add_argument("--distributed", help='the layout, such as "fsdp=2,tp=2,sp"; without it one process')
+    model.add_argument("--distributed", help='the layout, as "fsdp=2,tp=2,sp"; auto: planned; without it one process')
+    model.add_argument("--gpus", metavar="SPEC", help="auto: what to plan for, as h100:64 (default: this machine)")
+    model.add_argument("--devices", metavar="FILE.json", help="auto: device descriptions, as fms-plan calibrate writes")
     model.add_argument("--device_type", default="cpu", choices=("cpu", "cuda"))
     model.add_argument("--default_dtype", choices=("fp32", "bf16", "fp64"), help="precision; bf16 keeps fp32 weights")
     model.add_argument("--compile", action="store_true", help="torch.compile each block")
@@ -74,9 +76,17 @@ def read_options(args: argparse.Namespace) -> TrainOptions:
     return TrainOptions.of(**{field.name: getattr(args, field.name) for field in option_fields()})
 
 
-def read_layout(args: argparse.Namespace) -> ParallelLayout:
-    """The layout that --distributed and --default_dtype describe, for the ranks that the launcher started."""
+def read_layout(args: argparse.Namespace) -> ParallelLayout | None:
+    """The layout that --distributed and --default_dtype describe, for the ranks that the launcher started.
+
+    None: --distributed auto, which needs the model; see `automatic.settle`.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.distributed == "auto":
+        return None
+    for name in ("gpus", "devices"):
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name} describes what --distributed auto plans for: add that, or drop it.")
     if args.distributed is None and world > 1:
         raise ConfigError(
             f"{world} ranks were started but --distributed says nothing: choose a layout, such as fsdp={world}."
@@ -94,9 +104,11 @@ def read_layout(args: argparse.Namespace) -> ParallelLayout:
 def check_request(args: argparse.Namespace, config: Any, layout: ParallelLayout) -> None:
     """What can be known to be wrong before a process group starts."""
     from fms_parallel.strategy.compose import refuse_unimplemented
+    from fms_parallel.strategy.recompute import refuse_budget_without_compile
 
     layout.validate(config.shape())
     refuse_unimplemented(layout)
+    refuse_budget_without_compile(layout, args.compile)
     if args.seq_len > config.max_positions:
         raise ConfigError(
             f"--seq_len {args.seq_len} is longer than the model's max_positions={config.max_positions}: "

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from fms_parallel import compat
@@ -37,6 +38,7 @@ def collective_results() -> dict[str, Any]:
     }
     results |= {"replicate": replicated_gradient(), "set_fsdp_collectives": gradient_by_own_collectives()}
     results |= {"flatten_mesh, join_meshes": gradient_over_joined_meshes()}
+    results |= {"dtensor_like": like_a_shard()}
     return {name: tensor.tolist() for name, tensor in results.items()} | {"local_shape_and_offset": pieces()}
 
 
@@ -51,6 +53,14 @@ def pieces() -> list[tuple[Any, ...]]:
         held = full[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
         found.append((tuple(local.shape) == shape, torch.equal(local, held)))
     return found
+
+
+def like_a_shard() -> torch.Tensor:
+    """Rows of a DTensor made from plain shards, each rank's its own."""
+    parameter = distribute_tensor(torch.zeros(4), init_device_mesh("cpu", (2,)), [Shard(0)], src_data_rank=None)
+    made = compat.dtensor_like(parameter, torch.full((2,), 7.0))
+    assert (made.placements, made.shape) == (parameter.placements, parameter.shape)  # type: ignore[attr-defined]
+    return made.full_tensor()  # type: ignore[attr-defined]
 
 
 def replicated_gradient() -> torch.Tensor:
@@ -139,13 +149,106 @@ def test_gradients_are_averaged(name: str, results: list[dict[str, Any]]) -> Non
     assert all(torch.equal(result[name], want) for result in results)
 
 
+def test_dtensor_like_is_cut_as_its_parameter(results: list[dict[str, Any]]) -> None:
+    assert all(torch.equal(result["dtensor_like"], torch.tensor([7.0, 7.0, 7.0, 7.0])) for result in results)
+    plain = nn.Parameter(torch.ones(2))
+    assert compat.dtensor_like(plain, local := torch.zeros(2)) is local
+
+
+CELLS = [["0F0", "0F1", "0B0", "0B1"], ["1F0", "", "1I0", "1W0", "(1F1;1B1)OVERLAP_F_B"]]
+
+
+class Half(nn.Module):
+    """A stage that multiplies by its weight; the last one returns the sum."""
+
+    def __init__(self, is_last: bool) -> None:
+        super().__init__()
+        self.weight, self.is_last, self.calls = nn.Parameter(torch.full((3, 3), 0.5)), is_last, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return (x @ self.weight).sum() if self.is_last else x @ self.weight
+
+
+def by_cells() -> tuple[torch.Tensor, float, torch.Tensor]:
+    """(this stage's gradient, loss of an evaluation, whether that left it alone) of a schedule given as cells."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    x = torch.empty(2, 3, device="meta", requires_grad=True)
+    out = torch.empty((), device="meta", requires_grad=True) if rank else x
+    module = Half(is_last=rank == 1)
+    stage = PipelineStage(module, rank, 2, torch.device("cpu"), input_args=(x,), output_args=(out,), group=group)
+    schedule = compat.schedule_of_cells([stage], 2, lambda loss, _: loss, CELLS)
+    whole = BASE.clone().requires_grad_()
+    given: Any = {"target": torch.zeros(4), "losses": (losses := [])} if rank else {}
+    schedule.step(*(() if rank else (whole,)), return_outputs=False, **given)
+    assert module.weight.grad is not None and module.calls == 2
+    gradient = module.weight.grad.clone()
+    losses.clear() if rank else None
+    with torch.no_grad(), compat.forwards_only(schedule):
+        kinds = {str(a.computation_type.value) for a in schedule.pipeline_order_with_comms[rank]}
+        schedule.eval(*(() if rank else (whole,)), return_outputs=False, **given)
+    assert kinds <= {"F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD"} and module.calls == 4
+    return gradient, float(sum(losses)) if rank else 0.0, torch.tensor(torch.equal(gradient, module.weight.grad))
+
+
+def test_a_schedule_of_cells_has_the_gradients_of_one_process() -> None:
+    first, second = Half(is_last=False), Half(is_last=True)
+    loss = second(first(BASE))
+    loss.backward()
+    found = run_ranks(by_cells, 2)
+    for (gradient, _, untouched), module in zip(found, (first, second), strict=True):
+        torch.testing.assert_close(gradient, module.weight.grad)
+        assert bool(untouched)
+    assert found[1][1] == pytest.approx(loss.item())
+
+
+def test_schedule_cells_are_those_that_torch_runs() -> None:
+    """Each stage on its rank, every micro-batch forward once and backward once."""
+    cells = compat.schedule_cells("ZBVZeroBubble", 2, [0, 3], 4, 3)
+    words = [sorted(cell for cell in row if cell) for row in cells]
+    held = ((0, 3), (1, 2))
+    assert words == [sorted(f"{s}{kind}{m}" for s in mine for kind in "FIW" for m in range(3)) for mine in held]
+
+
+class Wide(nn.Sequential):
+    """Of a class of its own: torch.compile passes over the containers of torch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.slow
+def test_compile_within_keeps_less_the_smaller_the_budget_and_the_same_gradients() -> None:
+    kept, gradients = [], []
+    for budget in (0.99, 0.3, 0.0):
+        torch.manual_seed(0)
+        blocks = ((nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32), nn.Tanh()) for _ in range(4))
+        model = Wide(*(layer for block in blocks for layer in block))
+        compat.compile_within([model], budget, backend="aot_eager")
+        out = model(torch.ones(64, 32))
+        weights = {p.data_ptr() for p in model.parameters()}
+        kept.append(sum(t.nbytes for t in out.grad_fn.saved_tensors if t.data_ptr() not in weights))
+        out.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+        torch._dynamo.reset()
+    assert kept[0] > 1.5 * kept[1] > 2 * kept[2] > 0
+    assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other, strict=True))
+
+
 def test_every_function_is_tested() -> None:
     functions = {name for name, f in inspect.getmembers(compat, inspect.isfunction) if f.__module__ == compat.__name__}
     assert functions == {
         *("all_gather_single", "reduce_scatter_single", "local_shape_and_offset", "replicate"),
-        *("set_fsdp_collectives", "assert_on_device"),
+        *("set_fsdp_collectives", "assert_on_device", "forget_meshes"),
         *("functional_all_reduce", "functional_all_gather", "functional_reduce_scatter"),
+        *("dtensor_like", "schedule_of_cells", "schedule_cells", "forwards_only", "compile_within"),
+        *("fake_process_group", "unreal_tensors", "intercept", "storage_resizes", "fsdp_took_new_parameters"),
+        "group_of_collective",
+        *("flatten_tree", "unflatten_tree", "storage_number", "watch_operations", "needs_values"),
         *("flatten_mesh", "join_meshes", "has_attention_sums", "attention_sums", "attention_sums_backward"),
+        *("has_prepacked_linear", "prepack_linear", "prepacked_linear", "has_int8_linear", "int8_linear"),
     }
 
 
@@ -175,3 +278,126 @@ def test_assert_on_device_fails_on_false_only() -> None:
     compat.assert_on_device(torch.tensor(True), "never said")
     with pytest.raises(RuntimeError, match="said"):
         compat.assert_on_device(torch.tensor(False), "said")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 16])
+def test_prepacked_linear_is_torch_linear(dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 3, 10).to(dtype), torch.randn(7, 10).to(dtype), torch.randn(7).to(dtype)
+    if not compat.has_prepacked_linear(weight):
+        pytest.skip(f"oneDNN does not multiply {dtype} here")
+    packed = compat.prepack_linear(weight, rows)
+    for given in (bias, None):
+        want = nn.functional.linear(x, weight, given)
+        torch.testing.assert_close(compat.prepacked_linear(x, packed, given), want)
+    assert not compat.has_prepacked_linear(weight.double()) and not compat.has_prepacked_linear(weight[:0])
+
+
+def test_int8_linear_is_the_product_of_the_dequantised_matrix() -> None:
+    torch.manual_seed(0)
+    x, values = torch.randn(3, 32).bfloat16(), torch.randint(-127, 128, (7, 32), dtype=torch.int8)
+    scale = torch.rand(7).bfloat16()
+    assert compat.has_int8_linear(x, values) and not compat.has_int8_linear(x.float(), values)
+    assert not compat.has_int8_linear(x[:, :24], values[:, :24])
+    want = nn.functional.linear(x.float(), values.float() * scale.float().unsqueeze(1))
+    torch.testing.assert_close(compat.int8_linear(x, values, scale).float(), want, rtol=2**-7, atol=2e-2)
+
+
+# ---- simulation -------------------------------------------------------------------------------------------------
+
+
+def test_fake_process_group_has_every_rank_and_moves_nothing() -> None:
+    seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func._schema.name in ("c10d::allreduce_", "_c10d_functional::all_reduce"):
+            group = compat.group_of_collective(func, args)
+            assert group is not None
+            seen.append((func.namespace, tuple(dist.get_process_group_ranks(group))))
+        return func(*args, **kwargs)
+
+    with compat.fake_process_group(5, 8), compat.intercept(answer):
+        mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("a", "b"))
+        x = torch.ones(3)
+        dist.all_reduce(x)
+        compat.functional_all_reduce(x, mesh["b"].get_group())
+        assert (dist.get_rank(), dist.get_world_size(), x.tolist()) == (5, 8, [1, 1, 1])
+    assert not dist.is_initialized()
+    assert seen == [("c10d", tuple(range(8))), ("_c10d_functional", (4, 5, 6, 7))]
+
+
+def test_unreal_tensors_have_shapes_and_no_memory() -> None:
+    mode = compat.unreal_tensors()
+    with mode:
+        x = torch.empty(1 << 40, 4)  # 16 TiB
+    with mode:
+        assert (x[:5] @ torch.empty(4, 7)).shape == (5, 7)
+    assert x.device.type == "cpu" and x.untyped_storage().nbytes() == 1 << 44
+
+
+def test_intercept_answers_for_local_tensors() -> None:
+    seen = []
+
+    def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is torch.ops.aten.exp.default:
+            seen.append(tuple(args[0].shape))
+        return func(*args, **kwargs)
+
+    with compat.fake_process_group(0, 2):
+        mesh = init_device_mesh("cpu", (2,))
+        x = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)], src_data_rank=None)
+        with compat.intercept(answer):
+            x.exp()
+    assert (2, 3) in seen
+
+
+def test_storage_resizes_are_told_and_only_inside() -> None:
+    told: list[int] = []
+    x = torch.ones(4)
+    with compat.storage_resizes(lambda storage: told.append(storage.nbytes())):
+        x.untyped_storage().resize_(0)
+        x.untyped_storage().resize_(64)
+    x.untyped_storage().resize_(16)
+    assert told == [0, 64]
+
+
+def test_fsdp_took_new_parameters_gathers_the_new_ones() -> None:
+    with compat.fake_process_group(0, 2):
+        module = nn.Linear(4, 4, bias=False)
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+        new = compat.dtensor_like(module.weight, torch.full((2, 4), 3.0))
+        module.weight = nn.Parameter(new)
+        compat.fsdp_took_new_parameters(module)
+        compat.fsdp_took_new_parameters(nn.Linear(1, 1))  # is none of FSDP's
+        module.unshard()  # type: ignore[operator]
+        assert module.weight[:2].tolist() == [[3.0] * 4] * 2  # the fake group brings the other half from nowhere
+
+
+# ---- what the recording of any model needs ------------------------------------------------------------------------
+
+
+def test_every_operation_below_autograd_is_seen_with_its_cost() -> None:
+    seen: list[tuple[str, int, int]] = []
+    x, weight = torch.ones(2, 3), torch.ones(3, 4, requires_grad=True)
+    with compat.watch_operations(lambda op, given, made, flops: seen.append((str(op), len(given), flops))):
+        (x @ weight).tanh()
+    assert seen[:2] == [("aten.mm.default", 2, 2 * 2 * 3 * 4), ("aten.tanh.default", 1, 0)]
+
+
+def test_tensors_of_one_storage_share_its_number() -> None:
+    x = torch.ones(4, 4)
+    assert compat.storage_number(x) == compat.storage_number(x.T[1:]) != compat.storage_number(x.clone())
+
+
+def test_asking_a_tensor_without_memory_for_its_value_is_recognised() -> None:
+    with compat.unreal_tensors(), pytest.raises(Exception) as caught:
+        bool(torch.ones(2).sum() > 0)
+    assert compat.needs_values(caught.value)
+    assert not compat.needs_values(ValueError("a shape"))
+
+
+def test_a_tree_comes_back_from_its_leaves() -> None:
+    tree = {"a": (1, [2, None]), "b": 3}
+    leaves, structure = compat.flatten_tree(tree)
+    assert compat.unflatten_tree(leaves, structure) == tree

@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FACE = "fms_parallel"
 FLOORS = {
-    **dict.fromkeys((FACE, "layout", "schedules", "shape", "errors", "log", "compat", "cli"), 1),
+    **dict.fromkeys((FACE, "layout", "words", "schedules", "schedule_file", "shape", "errors", "log", "compat", "cli"), 1),
     **dict.fromkeys(("distributed", "data", "tokenizers"), 2),
     **dict.fromkeys(("modules", "planner"), 3),
     **dict.fromkeys(("strategy", "checkpoint"), 4),
-    **dict.fromkeys(("training", "inference", "auto", "verify"), 5),
+    **dict.fromkeys(("training", "inference", "auto", "verify", "simulate"), 5),
     **dict.fromkeys(("models", "dynamic"), 6),
     **dict.fromkeys(("scripts", "benchmarks"), 7),
 }

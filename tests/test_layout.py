@@ -23,6 +23,7 @@ from fms_parallel.layout import (
     SCHEDULES,
     ParallelLayout,
 )
+from fms_parallel.schedules import least_stages_per_rank
 from fms_parallel.shape import ModelShape
 
 SHAPE = ModelShape(
@@ -47,7 +48,11 @@ def layouts(draw: st.DrawFn) -> ParallelLayout:
         "loss_parallel": degrees["tp"] == 1 or draw(st.booleans()),
         "precision": draw(st.sampled_from(PRECISIONS)),
         "offload": draw(st.sampled_from(OFFLOADS)),
-        "recompute": draw(st.sampled_from(RECOMPUTE) | st.integers(1, 99).map("every={}".format)),
+        "recompute": draw(
+            st.sampled_from(RECOMPUTE)
+            | st.integers(1, 99).map("every={}".format)
+            | st.integers(0, 99).map("budget=0.{:02}".format)
+        ),
         "sp": degrees["tp"] != 1 and draw(st.booleans()),
         "hsdp": open_word == "hsdp",
     }
@@ -61,8 +66,8 @@ def layouts(draw: st.DrawFn) -> ParallelLayout:
 @st.composite
 def pipelines(draw: st.DrawFn, pp: int) -> dict[str, Any]:
     """The words of a pipeline of `pp` ranks."""
-    virtual, schedule = draw(st.integers(1, 3)), draw(st.sampled_from(sorted(SCHEDULES)))
-    stages = pp * max(virtual, SCHEDULES[schedule].stages_per_rank) if pp != REST else draw(st.integers(1, 5))
+    virtual, schedule = draw(st.integers(1, 3)), draw(st.sampled_from([*sorted(SCHEDULES), "file:my step.csv"]))
+    stages = pp * max(virtual, least_stages_per_rank(schedule)) if pp != REST else draw(st.integers(1, 5))
     split = st.lists(st.integers(1, 50), min_size=stages, max_size=stages).map(tuple)
     return {
         "schedule": schedule,
@@ -121,6 +126,8 @@ def test_a_resolved_layout_fits_exactly_its_own_world(layout: ParallelLayout) ->
         ("precision=bf16,offload=params", {"precision": "bf16", "offload": "params"}),
         ("recompute=full", {"recompute": "full"}),
         ("recompute=every=3", {"recompute": "every=3"}),
+        ("recompute=budget=0.25", {"recompute": "budget=0.25"}),
+        ("pp=2,schedule=file:a b/x=1.csv,tp=2", {"pp": 2, "schedule": "file:a b/x=1.csv", "tp": 2}),
         ("tp", {"tp": REST}),
         ("ddp", {"dp": REST}),
         ("fsdp,tp=2", {"fsdp": REST, "tp": 2}),
@@ -146,8 +153,12 @@ def test_numbers_that_others_ask_for() -> None:
     assert (layout.stages, layout.pieces) == (2, 2)  # one stage per rank, a micro-batch for each stage
     layout = parse("pp=2,schedule=zbv,microbatches=6")
     assert (layout.stages, layout.pieces) == (4, 6)  # two stages per rank make the v
-    intervals = {"none": 0, "full": 1, "selective": 1, "every=1": 1, "every=4": 4}
+    intervals = {"none": 0, "full": 1, "selective": 1, "every=1": 1, "every=4": 4, "budget=0.5": 0}
     assert {word: ParallelLayout(recompute=word).recompute_interval for word in intervals} == intervals
+    assert {word: ParallelLayout(recompute=word).recompute_budget for word in ("full", "every=2", "budget=0.5")} == {
+        **{"full": None, "every=2": None},
+        "budget=0.5": 0.5,
+    }
 
 
 # ---- worlds -----------------------------------------------------------------------------------------------------
@@ -245,7 +256,12 @@ def test_open_degrees_answer_nothing_before_they_are_resolved(text: str) -> None
         ("cp=2,cp_method=star", "unknown cp_method 'star'. Known: allgather, ring, ulysses"),
         ("precision=fp8", "unknown precision 'fp8'.* Known: bf16, fp32, fp64"),
         ("offload=disk", "unknown offload 'disk'.* Known: none, optimizer_state, optimizer_step, params"),
-        ("recompute=all", "unknown recompute policy 'all'.* Known: every=N, full, none, selective"),
+        ("recompute=all", "unknown recompute policy 'all'.* Known: budget=FRACTION, every=N, full, none, selective"),
+        ("recompute=budget=1.5", r"recompute=budget=1.5: give the part to keep, 0 <= part < 1, as in budget=0.5"),
+        ("recompute=budget=1", r"recompute=budget=1: give the part to keep"),
+        ("recompute=budget=", r"recompute=budget=: give the part to keep"),
+        ("pp=2,schedule=file:", r"schedule=file:: write file:PATH, where PATH holds no comma"),
+        ("schedule=file:a.csv", r"schedule=file:a.csv with pp=1: it belongs to a pipeline"),
         ("recompute=every=0", "unknown recompute policy 'every=0'.* every=N"),
         ("recompute=every=²", "unknown recompute policy 'every=²'"),
         ("hsdp=2", "hsdp=2: write dp=REPLICAS,fsdp=SHARDS, or bare hsdp"),
@@ -289,6 +305,7 @@ def test_every_word_that_is_not_built_yet_says_what_to_do_instead() -> None:
         ('{"tp": 2, "sp": "yes"}', "sp='yes': is on or off; give true or false"),
         ('{"recompute": null}', "unknown recompute policy 'None'"),
         ('{"schedule": null}', "unknown schedule 'None'"),
+        ('{"pp": 2, "schedule": "file:a,b.csv"}', "schedule=file:a,b.csv: write file:PATH, where PATH holds no comma"),
         ('{"pp": 0, "stage_split": []}', r"stage_split=\(\): needs the blocks of each stage, each >= 1"),
         ('{"pp": 2, "stage_split": [3, 0]}', r"stage_split=\(3, 0\): needs the blocks of each stage"),
         ('{"pp": 2, "stage_split": "33"}', "stage_split='33': needs the blocks of each stage"),
@@ -319,6 +336,7 @@ def test_a_model_that_can_be_cut_is_accepted(text: str) -> None:
         ("tp=3", r"tp=3 with 4 kv heads: one must divide the other.* Use tp in \[1, 2, 4, 12\]"),
         ("pp=7", r"7 pipeline stages \(pp=7 \* virtual_stages=1\) for 6 blocks: .* at most 6 stages"),
         ("pp=4,schedule=looped_bfs", r"8 pipeline stages \(pp=4 \* virtual_stages=2\) for 6 blocks"),
+        ("pp=2,schedule=zbv,recompute=selective", "goes through a block twice in its backward pass"),
         ("pp=3,microbatches=2", r"schedule=1f1b with pp=3: 2 micro-batches cannot fill 3 stages: use microbatches=3"),
         (
             "pp=2,stage_split=3,4",

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fms_parallel import compat
 from fms_parallel.checkpoint.slots import Slot, slots_of
+from fms_parallel.distributed.boxes import local_tensor
 from fms_parallel.errors import CheckpointError
 
 WEIGHT, STATE = "model", "optimizer"
@@ -141,6 +143,7 @@ def aim_state(
         if key.startswith(f"{STATE}/"):
             _, kind, name = key.split("/", 2)
             kinds.setdefault(name, {})[kind] = entry
+    device = getattr(optimizer, "state_device", None)  # where it wants its state, when not beside the weights
     for index, (slot, parameter) in enumerate(_trained(slots_of(model), optimizer)):
         saved = [name for name in slot.names if name in kinds]
         if not saved:
@@ -152,7 +155,7 @@ def aim_state(
         for kind, entry in kinds[name].items():
             key = f"{STATE}/{kind}/{name}"
             targets.known.add(key)
-            new = _new_state(entry, parameter)
+            new = _new_state(entry, parameter, device)
             if new is None:
                 targets.unfit.append(
                     f"optimizer state {kind!r} of {name} ({list(entry.shape)}, {list(slot.shape)} is cut)"
@@ -161,9 +164,11 @@ def aim_state(
                 targets.state[index][kind] = targets.tensors[key] = new
 
 
-def _new_state(entry: Stored, parameter: Tensor) -> Tensor | None:
+def _new_state(entry: Stored, parameter: Tensor, device: torch.device | None) -> Tensor | None:
     """Memory for a state tensor: like its parameter, or plain when it is a scalar. None: neither."""
     if entry.shape == tuple(parameter.shape) and entry.shape:
+        if device is not None and entry.dtype == parameter.dtype:
+            return compat.dtensor_like(parameter, torch.empty_like(local_tensor(parameter), device=device))
         return torch.empty_like(parameter.detach(), dtype=entry.dtype)
     if isinstance(parameter, DTensor) and torch.Size(entry.shape).numel() != 1:
         return None

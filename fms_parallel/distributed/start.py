@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from fms_parallel import compat
 from fms_parallel.errors import ConfigError, unknown
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
@@ -137,6 +138,7 @@ def leave() -> None:
     """
     if not dist.is_initialized():
         return
+    compat.forget_meshes()
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fms_parallel.errors import LayoutError
 from fms_parallel.layout import ParallelLayout
 
 Array = NDArray[Any]
@@ -28,7 +29,8 @@ class Columns:
     Attributes:
         pp, dp, fsdp, cp, tp: degrees. sp: 0 or 1. virtual: stages per rank. schedule, recompute, offload: indices into
             `SCHEDULES`, `RECOMPUTE`, `OFFLOADS`. micro: sequences in one micro-batch of one replica. count:
-            micro-batches of one replica in a step. zero: ZeRO stage over dp (0, 1 or 2; fsdp > 1 is stage 3).
+            micro-batches of one replica in a step. zero: ZeRO stage over dp (0, 1 or 2; fsdp > 1 is stage 3). every:
+            with full recomputation, each such block is made again.
     """
 
     pp: Array
@@ -44,6 +46,7 @@ class Columns:
     micro: Array
     count: Array
     zero: Array
+    every: Array
 
     def __len__(self) -> int:
         return len(self.pp)
@@ -64,8 +67,17 @@ class Columns:
 
     @classmethod
     def of_layout(cls, layout: ParallelLayout, global_batch: int) -> Columns:
-        """One row for one layout: the batch is spread over its replicas and micro-batches."""
-        count = layout.microbatches
+        """One row for one layout: the batch is spread over its replicas and micro-batches.
+
+        Raises:
+            LayoutError: a schedule from a file, or a recompute budget.
+        """
+        if layout.schedule not in SCHEDULES or layout.recompute_budget is not None:
+            raise LayoutError(
+                f"{layout}: the planner knows named schedules and recompute=none, selective, full and every=N; "
+                "estimate with one of them."
+            )
+        count = layout.pieces
         per_replica = max(global_batch // layout.data_parallel, 1)
         policy = layout.recompute if layout.recompute in RECOMPUTE else "full"
         row = {
@@ -74,6 +86,7 @@ class Columns:
             "virtual": layout.virtual_stages,
             "schedule": SCHEDULES.index(layout.schedule),
             "recompute": RECOMPUTE.index(policy),
+            "every": max(layout.recompute_interval, 1),
             "offload": OFFLOADS.index("optimizer_state" if layout.offload == "optimizer_step" else layout.offload),
             "micro": max(per_replica // count, 1),
             "count": count,
@@ -82,7 +95,7 @@ class Columns:
 
     def layout(self, row: int, precision: str, split: tuple[int, ...] | None = None) -> ParallelLayout:
         """The layout of one row."""
-        pp = int(self.pp[row])
+        pp, every = int(self.pp[row]), int(self.every[row])
         pipeline: dict[str, Any] = {}
         if pp > 1:
             pipeline = {
@@ -98,11 +111,16 @@ class Columns:
             cp=int(self.cp[row]),
             tp=int(self.tp[row]),
             sp=bool(self.sp[row]),
-            recompute=RECOMPUTE[self.recompute[row]],
+            recompute=RECOMPUTE[self.recompute[row]] if every == 1 else f"every={every}",
             precision=precision,
             offload=OFFLOADS[self.offload[row]],
             **pipeline,
         )
+
+    def recomputed(self, layers: int) -> Array:
+        """Part of the blocks that full recomputation makes again: all, or with every=N each N-th from the first on."""
+        blocks = -(-layers // self.pp)
+        return np.asarray(-(-blocks // self.every) / blocks)
 
     @property
     def ranks(self) -> Array:

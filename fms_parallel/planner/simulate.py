@@ -89,7 +89,7 @@ def run_orders(orders: Sequence[Sequence[Work]], stages: Stages) -> list[Event]:
                 if ready is None:
                     break
                 start = max(free[rank], ready)
-                free[rank] = done[work] = start + stages.seconds(work, split=False)
+                free[rank] = done[work] = start + stages.seconds(work, split=Work(W, work.stage, work.micro) in place)
                 events.append(Event(rank, work, start, free[rank]))
                 position[rank] += 1
                 moved = True

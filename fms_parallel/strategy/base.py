@@ -6,9 +6,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
+from fms_parallel.distributed.boxes import local_tensor
 from fms_parallel.layout import ParallelLayout
 
 
@@ -30,6 +33,8 @@ class Parallel:
     """The `Pipeline` that runs a model cut into stages, or None."""
     elsewhere: frozenset[str] = frozenset()
     """Names of the parameters that only other stages hold."""
+    names: tuple[str, ...] = ()
+    """Of the whole model's parameters and persistent buffers, in its order, whatever this rank holds of them."""
     context: Any = None
     """The `ContextStrategy` that cuts rows into parts, or None."""
 
@@ -47,6 +52,14 @@ class Parallel:
 def parallel_of(model: nn.Module) -> Parallel:
     """How `model` is spread; one process when nobody spread it."""
     return getattr(model, "parallel", None) or Parallel(ParallelLayout(), None)
+
+
+def compute_device(parameter: Tensor) -> torch.device:
+    """Where a parameter is used; with offload=params that is not where its shards live."""
+    home = local_tensor(parameter).device
+    if not isinstance(parameter, DTensor) or parameter.device_mesh.device_type == home.type:
+        return home
+    return torch.device(parameter.device_mesh.device_type, torch.cuda.current_device())
 
 
 def repeated_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from fms_parallel import compat
 from fms_parallel.distributed.mesh import build_mesh, replica_mesh, shard_mesh
 from fms_parallel.errors import LayoutError
 from fms_parallel.layout import ParallelLayout
@@ -26,7 +27,7 @@ from fms_parallel.strategy.context import ContextStrategy, refuse_without_contex
 from fms_parallel.strategy.fsdp import FullyShardStrategy, ReplicateStrategy
 from fms_parallel.strategy.materialise import initialise, materialise
 from fms_parallel.strategy.pipeline import Pipeline, PipelineStrategy, refuse_forward
-from fms_parallel.strategy.recompute import RecomputeStrategy
+from fms_parallel.strategy.recompute import RecomputeStrategy, refuse_budget_without_compile
 from fms_parallel.strategy.tensor import TensorParallelStrategy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
@@ -58,8 +59,9 @@ def compose(
         LayoutError: an axis that no strategy implements, or a model that cannot be cut this way.
     """
     refuse_unimplemented(layout)
+    refuse_budget_without_compile(layout, compile_blocks)
     refuse_without_context(type(model), layout)
-    names = frozenset(model.state_dict())
+    names = tuple(model.state_dict())
     device = device or torch.device("cpu")
     if layout.world_size > 1 and mesh is None:
         mesh = build_mesh(layout, device.type)
@@ -79,19 +81,19 @@ def compose(
         model = context.distribute(model)
     model = RecomputeStrategy(layout).distribute(model)
     if compile_blocks:
-        _compile(model)
+        _compile(model, layout.recompute_budget)
     stages = pipeline.stages(model) if pipeline is not None else []
     parts: list[nn.Module] = [*stages] or [model]
     for part in parts:
         _shard(part, layout, mesh)
-    materialise(model, device)
+    materialise(model, device, torch.device("cpu") if layout.offload == "params" else None)
     runner = None
     if pipeline is not None:
         activations = torch.bfloat16 if layout.precision == "bf16" else dtype or DTYPES[layout.precision]
         runner = Pipeline(model, stages, pipeline, device, activations)
         refuse_forward(model)
-    elsewhere = names - frozenset(model.state_dict())
-    model.parallel = Parallel(layout, mesh, runner, elsewhere, context)  # type: ignore[assignment]
+    elsewhere = frozenset(names) - frozenset(model.state_dict())
+    model.parallel = Parallel(layout, mesh, runner, elsewhere, names, context)  # type: ignore[assignment]
     if fresh:
         (fill or _initialise(seed))(model)
     return model
@@ -99,12 +101,8 @@ def compose(
 
 def refuse_unimplemented(layout: ParallelLayout) -> None:
     """Name every word of the layout that no strategy implements yet; call it before a process group starts."""
-    missing = {
-        f"offload={layout.offload}": layout.offload not in ("none", "params"),
-        "offload=params without fsdp": layout.offload == "params" and layout.fsdp == 1,
-    }
-    if words := [word for word, asked in missing.items() if asked]:
-        raise LayoutError(f"layout {str(layout)!r}: {', '.join(words)}: no strategy implements this yet; drop it.")
+    if layout.offload == "params" and layout.fsdp == 1:
+        raise LayoutError(f"layout {str(layout)!r}: offload=params keeps shards on the host; add fsdp=N or drop it.")
 
 
 def _shard(model: nn.Module, layout: ParallelLayout, mesh: DeviceMesh | None) -> None:
@@ -132,8 +130,12 @@ def _compute_in(model: nn.Module, dtype: torch.dtype, required: bool) -> None:
         embedding.compute_dtype = dtype
 
 
-def _compile(model: nn.Module) -> None:
-    for _, block in repeated_blocks(model):
+def _compile(model: nn.Module, budget: float | None) -> None:
+    blocks = [block for _, block in repeated_blocks(model)]
+    if budget is not None:
+        compat.compile_within(blocks, budget)
+        return
+    for block in blocks:
         block.compile(dynamic=False)
 
 

@@ -18,10 +18,10 @@ from fms_parallel.errors import ConfigError
 from fms_parallel.modules.initial import Fill, Init, Normal, Uniform
 
 
-def materialise(model: nn.Module, device: torch.device) -> None:
+def materialise(model: nn.Module, device: torch.device, parameters_on: torch.device | None = None) -> None:
     """Give every meta parameter and buffer memory on `device`: local shards only. Contents are not yet defined.
 
-    The parameter objects stay the same, so ties and FSDP's references hold.
+    The parameter objects stay the same, so ties and FSDP's references hold. `parameters_on`: where those go instead.
     """
     seen: set[int] = set()
     for module in model.modules():
@@ -29,8 +29,9 @@ def materialise(model: nn.Module, device: torch.device) -> None:
             for name, tensor in store.items():
                 if tensor is None or not tensor.is_meta or id(tensor) in seen:
                     continue
-                new = torch.empty_like(tensor, device=device)
-                if isinstance(tensor, nn.Parameter):
+                is_parameter = isinstance(tensor, nn.Parameter)
+                new = torch.empty_like(tensor, device=parameters_on or device if is_parameter else device)
+                if is_parameter:
                     new = nn.Parameter(new, requires_grad=tensor.requires_grad)
                 torch.utils.swap_tensors(tensor, new)
                 seen.add(id(store[name]))

@@ -7,22 +7,25 @@ own schedule, tied weights sum their gradients over their two stages, and a fail
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
+from fms_parallel import compat
 from fms_parallel.errors import LayoutError, TrainingError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.modules.loss import IGNORE
 from fms_parallel.modules.sequences import DropoutKey
-from fms_parallel.schedules import SCHEDULES
+from fms_parallel.schedule_file import FileSchedule, cell_text
+from fms_parallel.schedules import find_schedule
 from fms_parallel.strategy.base import Strategy
 from fms_parallel.strategy.context import context_of
+from fms_parallel.strategy.record import Notes, RecordedStage
 from fms_parallel.strategy.stages import Stage, cut, make_stages, split_blocks
 
 
@@ -36,7 +39,10 @@ class PipelineStrategy(Strategy):
     def __init__(self, mesh: DeviceMesh, layout: ParallelLayout) -> None:
         self.layout, self.group = layout, mesh.get_group()
         self.rank = mesh.get_local_rank()
-        self.held = SCHEDULES[layout.schedule].stages_of(self.rank, layout.pp, layout.stages)
+        self.order, self.homes = find_schedule(layout.schedule), layout.homes
+        if isinstance(self.order, FileSchedule):
+            _agree(self.order, layout)
+        self.held = self.order.stages_of(self.rank, layout.pp, layout.stages)
         self.shared: tuple[str, ...] = ()
         self.sizes: tuple[int, ...] = ()
 
@@ -56,6 +62,7 @@ class Pipeline:
 
     Attributes:
         shared: parameters that the first and the last stage hold both, and are on two ranks.
+        notes: where stages note when they work, while somebody records it (strategy/record.py).
     """
 
     def __init__(
@@ -67,13 +74,15 @@ class Pipeline:
         dtype: torch.dtype,
     ) -> None:
         self.layout, self.group, self.device, self.dtype = strategy.layout, strategy.group, device, dtype
+        self.order, self.homes = strategy.order, strategy.homes
         self.stages = stages
         self.is_first = any(stage.is_first for stage in stages)
         self.is_last = any(stage.is_last for stage in stages)
         self.model = model
         # With a v-shaped schedule first and last stage are one rank, and the tied weight is one tensor.
         self.shared = strategy.shared if self.is_first != self.is_last else ()
-        self._schedules: dict[tuple[int, int], Any] = {}
+        self.notes: Notes | None = None
+        self._schedules: dict[tuple[int, int], tuple[Any, list[RecordedStage]]] = {}
         self._scale, self._sums = 1.0, torch.zeros(())
 
     def backward(self, batch: Any, scale: float, key: DropoutKey | None = None) -> Tensor:
@@ -99,7 +108,7 @@ class Pipeline:
             if gradient is None:
                 continue
             local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-            peer = self.layout.pp - 1 if self.is_first else 0
+            peer = self.homes[-1] if self.is_first else self.homes[0]
             theirs = torch.empty_like(local)
             sends = dist.P2POp(dist.isend, local.contiguous(), group=self.group, group_peer=peer)
             receives = dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=peer)
@@ -125,9 +134,10 @@ class Pipeline:
         arguments = (ids,) if self.is_first else ()
         target = labels if self.is_last else None
         losses: list[Tensor] | None = [] if self.is_last else None
-        run = schedule.step if train else schedule.eval
         try:
-            run(*arguments, target=target, losses=losses, return_outputs=False, **named)
+            with nullcontext() if train else compat.forwards_only(schedule):
+                run = schedule.step if train else schedule.eval
+                run(*arguments, target=target, losses=losses, return_outputs=False, **named)
         except RuntimeError as error:
             raise _told_by_a_stage(error) from error
         return self._sums
@@ -140,13 +150,21 @@ class Pipeline:
         """The schedule for micro-batches of this shape: torch's stages cannot change theirs."""
         if (rows, length) not in self._schedules:
             stages = [self._torch_stage(stage, rows, length) for stage in self.stages]
-            make = get_schedule_class(SCHEDULES[self.layout.schedule].torch_name)
-            given: Any = stages[0] if issubclass(make, PipelineScheduleSingle) else stages
-            made = make(given, self.layout.pieces, loss_fn=self._loss, scale_grads=False)  # type: ignore[call-arg]
-            self._schedules[rows, length] = made
-        return self._schedules[rows, length]
+            self._schedules[rows, length] = self._torch_schedule(stages), stages
+        schedule, stages = self._schedules[rows, length]
+        for stage in stages:
+            stage.notes = self.notes
+        return schedule
 
-    def _torch_stage(self, stage: Stage, rows: int, length: int) -> PipelineStage:
+    def _torch_schedule(self, stages: list[RecordedStage]) -> Any:
+        if isinstance(self.order, FileSchedule):
+            cells = [[cell_text(cell) for cell in row if cell] for row in self.order.rows]
+            return compat.schedule_of_cells(stages, self.layout.pieces, self._loss, cells)
+        make = get_schedule_class(self.order.torch_name)
+        given: Any = stages[0] if issubclass(make, PipelineScheduleSingle) else stages
+        return make(given, self.layout.pieces, loss_fn=self._loss, scale_grads=False)  # type: ignore[call-arg]
+
+    def _torch_stage(self, stage: Stage, rows: int, length: int) -> RecordedStage:
         """Shapes are said, not found out by a trial run, which would move FSDP's state on."""
         tokens = rows * length
         width: Any = self.model.activation_width
@@ -155,7 +173,7 @@ class Pipeline:
         x = torch.empty(handed_on, dtype=self.dtype, device="meta", requires_grad=True)
         wide = torch.promote_types(self.dtype, torch.float32)
         loss = torch.empty((), dtype=wide, device="meta", requires_grad=True)
-        return PipelineStage(
+        return RecordedStage(
             stage,
             stage.index,
             self.layout.stages,
@@ -163,6 +181,17 @@ class Pipeline:
             input_args=(ids if stage.is_first else x,),
             output_args=(loss if stage.is_last else x,),
             group=self.group,
+        )
+
+
+def _agree(order: FileSchedule, layout: ParallelLayout) -> None:
+    """Raises LayoutError on every rank when a rank has read another file: they would wait for each other for ever."""
+    rows: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(rows, order.rows)
+    if others := [rank for rank, other in enumerate(rows) if other != rows[0]]:
+        raise LayoutError(
+            f"schedule={layout.schedule}: rank {others[0]} has read another schedule than rank 0; give every rank the "
+            "same file."
         )
 
 

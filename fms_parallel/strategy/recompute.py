@@ -3,6 +3,9 @@
 Policies (`layout.recompute`): `full` every block, `every=N` each N-th, `selective` every block but keeping the results
 of matrix products and attention, which cost most to make again (arXiv 2205.05198). The block's `forward` is wrapped on
 the instance, so no name changes and FSDP's hooks stay outside: parameters are there before the block runs again.
+
+`budget=0.5` wraps nothing: `_compile` in compose hands it to the compiler, which chooses what a block keeps between all
+that it would keep anyway (1) and what enters the block (0).
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from fms_parallel.errors import LayoutError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.strategy.base import Strategy, repeated_blocks
 
@@ -43,6 +47,15 @@ class RecomputeStrategy(Strategy):
                 if int(name.rpartition(".")[2]) % self.interval == 0:
                     block.forward = _recomputed(block.forward, self.selective)  # type: ignore[method-assign]
         return model
+
+
+def refuse_budget_without_compile(layout: ParallelLayout, compile_blocks: bool) -> None:
+    """Raises LayoutError for a budget that nobody would keep; call it before a process group starts."""
+    if layout.recompute_budget is not None and not compile_blocks:
+        raise LayoutError(
+            f"recompute={layout.recompute}: the compiler keeps the budget; add --compile (compile_blocks=True), or use "
+            "recompute=selective."
+        )
 
 
 def _recomputed(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:

@@ -21,7 +21,6 @@ from fms_parallel.errors import LayoutError, TrainingError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.modules.context import Context, positions_of
 from fms_parallel.modules.sequences import DropoutKey
-from fms_parallel.schedules import SCHEDULES
 from fms_parallel.strategy.base import repeated_blocks
 from fms_parallel.strategy.ties import tied_names
 
@@ -140,11 +139,7 @@ def make_stages(
     Raises:
         LayoutError: first and last stage are on one rank, share a weight, and it is to be sharded or replicated twice.
     """
-    if shared and SCHEDULES[layout.schedule].shape == "v" and layout.gradient_ranks > 1:
-        raise LayoutError(
-            f"schedule={layout.schedule} puts the first and the last stage on one rank, where they share {shared[0]}: "
-            "torch shards a weight once. Use another schedule, an untied head, or no dp, fsdp and cp."
-        )
+    refuse_tied_ends(shared, layout)
     before, _, after = _parts(model)
     blocks = dict(repeated_blocks(model))
     ends = list(accumulate(sizes))
@@ -158,6 +153,15 @@ def make_stages(
         table = _present(model, owners)
         stages.append(Stage(model, (stage, layout.stages), table, mine, head))
     return stages
+
+
+def refuse_tied_ends(shared: Sequence[str], layout: ParallelLayout) -> None:
+    """Raises LayoutError when first and last stage are on one rank and share a weight that is sharded or replicated."""
+    if shared and layout.homes[0] == layout.homes[-1] and layout.gradient_ranks > 1:
+        raise LayoutError(
+            f"schedule={layout.schedule} puts the first and the last stage on one rank, where they share {shared[0]}: "
+            "torch shards a weight once. Use another schedule, an untied head, or no dp, fsdp and cp."
+        )
 
 
 def refuse_unless_stageable(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from fms_parallel.errors import TrainingError
-from fms_parallel.strategy.base import parallel_of
+from fms_parallel.strategy.base import compute_device, parallel_of
 
 
 def check_every_gradient(model: nn.Module) -> None:
@@ -57,8 +57,10 @@ def _partial_group(gradient: DTensor) -> dist.ProcessGroup:
 
 def _sum_together(members: list[nn.Parameter], group: dist.ProcessGroup) -> None:
     local = [p.grad.to_local() for p in members]  # type: ignore[union-attr]
-    flat = torch.cat([piece.flatten() for piece in local])
+    # With offload=params the gradients are on the host, and the group's backend talks from the device.
+    flat = torch.cat([piece.flatten() for piece in local]).to(compute_device(members[0]))
     dist.all_reduce(flat, group=group)
+    flat = flat.to(local[0].device)
     for parameter, piece in zip(members, flat.split([piece.numel() for piece in local]), strict=True):
         gradient = parameter.grad
         assert isinstance(gradient, DTensor)
@@ -110,4 +112,5 @@ def squared_norm(model: nn.Module) -> Tensor:
 def clip_gradients_(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
     """Scale all gradients so that their global norm is at most `max_norm`; `norm` is what it is now."""
     pieces = local_gradients(parameters)
-    torch._foreach_mul_(pieces, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(pieces, factor.to(pieces[0].device))

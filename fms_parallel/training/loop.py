@@ -9,7 +9,8 @@ data, dropout and learning rate are functions of the step. It prints nothing; `o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,16 @@ import torch.distributed as dist
 from torch import nn
 
 from fms_parallel.checkpoint.agree import on_every_rank
+from fms_parallel.checkpoint.background import BackgroundSaver
 from fms_parallel.checkpoint.training_state import latest_training_state, load_training_state, save_training_state
 from fms_parallel.data.feed import Feed
 from fms_parallel.data.rows import RowDataset
-from fms_parallel.distributed.boxes import local_tensor
 from fms_parallel.distributed.mesh import data_shard
 from fms_parallel.errors import ConfigError, TrainingError
 from fms_parallel.log import get_logger
 from fms_parallel.modules.dropout import Dropout
-from fms_parallel.strategy.base import parallel_of
+from fms_parallel.strategy.base import compute_device, parallel_of
+from fms_parallel.strategy.record import recorded, write_timeline
 from fms_parallel.training.interrupt import Interrupt, catch_interrupts
 from fms_parallel.training.metrics import METRICS, MetricsWriter, peak_memory_bytes
 from fms_parallel.training.optimizer import learning_rate, make_optimizer
@@ -62,6 +64,8 @@ class Outcome:
     last: Numbers | None
     checkpoint: Path | None
     interrupted: Interrupt | None
+    model: nn.Module | None = None
+    """The model as it was last: another object than was given when the layout changed on the way."""
 
 
 def train(
@@ -73,6 +77,7 @@ def train(
     on_step: Callable[[Numbers], None] | None = None,
     sample: Callable[[nn.Module], str] | None = None,
     loss_function: LossFunction = model_loss,
+    between_steps: Callable[[Trainer], None] | None = None,
     **values: Any,
 ) -> Outcome:
     """Train `model` on `data` in the layout that it was built in. Collective: every rank calls it alike.
@@ -83,12 +88,14 @@ def train(
         on_step: told the numbers of every step, on every rank.
         sample: makes the text for `samples.txt`; called on every rank.
         loss_function: how a model is asked for its summed loss; `logits_loss` fits any module that returns logits.
+        between_steps: called before every step, on every rank; may `adopt` the run's model in another layout.
     Raises:
         ConfigError: options that contradict each other or the data. TrainingError: see `train_step`.
     """
     if options is not None and values:
         raise ConfigError(f"give options or their fields, not both ({', '.join(values)}).")
     run = Trainer(model, data, options or TrainOptions.of(**values), validation, on_step, sample, loss_function)
+    run.between_steps = between_steps
     return run.run()
 
 
@@ -108,18 +115,14 @@ class Trainer:
         self.model, self.data, self.options, self.validation = model, data, options, validation
         self.on_step, self.sample, self.loss_function = on_step, sample, loss_function
         self.parallel = parallel_of(model)
-        self.device = local_tensor(next(model.parameters())).device
-        self.feed = Feed(
-            data,
-            global_batch=options.batch_size,
-            seed=options.seed,
-            shard=data_shard(self.parallel.mesh),
-            micro_batches=options.grad_accum_steps,
-        )
+        self.device = compute_device(next(model.parameters()))
+        self.between_steps: Callable[[Trainer], None] | None = None
+        self.feed = self.feed_of(data_shard(self.parallel.mesh))
         self.steps = options.steps or (options.epochs or 1) * self.feed.batches_per_epoch
         self.optimizer = make_optimizer(model, options)
         self.first_step = self.step = self.total_tokens = 0
         self.checkpoint: Path | None = None
+        self._saver: BackgroundSaver | None = None
         self.drops = any(isinstance(module, Dropout) and module.p > 0 for module in model.modules())
         self._check()
 
@@ -128,6 +131,26 @@ class Trainer:
             raise ConfigError(f"validate_steps={self.options.validate_steps} without validation data.")
         if self.options.sample_steps and self.sample is None:
             raise ConfigError(f"sample_steps={self.options.sample_steps} without a sample function.")
+        if self.options.timeline_step and self.parallel.layout.pp == 1:
+            raise ConfigError(
+                f"timeline_step={self.options.timeline_step} draws pipeline stages: the layout has no pp=N."
+            )
+
+    def feed_of(self, shard: tuple[int, int]) -> Feed:
+        """The rows of one shard. Raises ConfigError when the batch does not divide."""
+        return Feed(
+            self.data,
+            global_batch=self.options.batch_size,
+            seed=self.options.seed,
+            shard=shard,
+            micro_batches=self.options.grad_accum_steps,
+        )
+
+    def adopt(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Go on with the same run in another layout: a model and an optimizer that hold what the old ones held."""
+        self.model, self.optimizer, self.parallel = model, optimizer, parallel_of(model)
+        self.feed = self.feed_of(data_shard(self.parallel.mesh))
+        self.first_step = self.step
 
     # ---- the run ------------------------------------------------------------------------------------------------
 
@@ -136,11 +159,13 @@ class Trainer:
         self._begin()
         last: Numbers | None = None
         self.model.train()
-        with catch_interrupts() as interrupt:
+        with catch_interrupts() as interrupt, self._saving():
             writer = self._writer()
             try:
                 stop: Interrupt | None = None
                 while self.step < self.steps and stop is None:
+                    if self.between_steps is not None:
+                        self.between_steps(self)
                     last, stop = self._one_step(interrupt.pending)
                     self._report(last, writer)
                     if self.folder is not None and (stop is not None or self._due(self.options.checkpoint_steps)):
@@ -148,35 +173,51 @@ class Trainer:
             finally:
                 if writer is not None:
                     writer.close()
-        return Outcome(self.step, self.steps, last, self.checkpoint, stop)
+        return Outcome(self.step, self.steps, last, self.checkpoint, stop, self.model)
 
     def _one_step(self, pending: Callable[[], int]) -> tuple[Numbers, Interrupt | None]:
         """One optimizer step, what it cost, and whether any rank was asked to stop."""
         start = time.perf_counter()
+        result = self._update()
         rate = learning_rate(self.step, self.steps, self.options)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        batches: list[TokenBatch] = [to_device(batch, self.device) for batch in self.feed.pieces(self.step)]
-        result = train_step(
-            self.model,
-            self.optimizer,
-            batches,
-            max_grad_norm=self.options.max_grad_norm or None,
-            loss_function=self.loss_function,
-            keys=dropout_keys(batches, self._step_seed(), self.feed.shard[0]) if self.drops else None,
-            check_gradients=self.step == self.first_step,
-        )
         self.step += 1
         self.total_tokens += result.tokens
+        numbers = self._numbers(result, rate, time.perf_counter() - start)
         # Signals reach ranks at different moments: the largest of all ranks' numbers stops all of them together.
         signal, memory = self._largest(pending(), peak_memory_bytes(self.device))
-        numbers = self._numbers(result, rate, time.perf_counter() - start, memory)
+        numbers["peak_memory_bytes"] = memory
         return numbers, Interrupt(signal) if signal else None
+
+    def _update(self) -> StepResult:
+        """The rows of this step, their gradients, one update."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.steps, self.options)
+        batches: list[TokenBatch] = [to_device(batch, self.device) for batch in self.feed.pieces(self.step)]
+        with self._drawn() if self.options.timeline_step == self.step + 1 else nullcontext():
+            return train_step(
+                self.model,
+                self.optimizer,
+                batches,
+                max_grad_norm=self.options.max_grad_norm or None,
+                loss_function=self.loss_function,
+                keys=dropout_keys(batches, self._step_seed(), self.feed.shard[0]) if self.drops else None,
+                check_gradients=self.step == self.first_step,
+            )
+
+    @contextmanager
+    def _drawn(self) -> Iterator[None]:
+        """The body's timeline into the output folder."""
+        with recorded(self.model) as recording:
+            yield
+        events = recording.events()
+        if self._is_first:
+            assert self.options.output_path is not None
+            write_timeline(self.parallel.layout, events, Path(self.options.output_path))
 
     def _step_seed(self) -> int:
         return self.options.seed * 1_000_003 + self.step
 
-    def _numbers(self, result: StepResult, rate: float, seconds: float, memory: int) -> Numbers:
+    def _numbers(self, result: StepResult, rate: float, seconds: float) -> Numbers:
         return {
             "step": self.step,
             "loss": result.loss,
@@ -186,7 +227,6 @@ class Trainer:
             "total_tokens": self.total_tokens,
             "tokens_per_second": result.tokens / seconds,
             "seconds": seconds,
-            "peak_memory_bytes": memory,
         }
 
     def _largest(self, *values: int) -> list[int]:
@@ -234,26 +274,45 @@ class Trainer:
     @property
     def folder(self) -> Path | None:
         """Where checkpoints are."""
-        return None if self.options.output_path is None else Path(self.options.output_path) / CHECKPOINTS
+        return None if self.options.output_path is None else self.checkpoints_in(self.options.output_path)
+
+    @staticmethod
+    def checkpoints_in(output_path: str) -> Path:
+        """Where checkpoints are below a run's folder."""
+        return Path(output_path) / CHECKPOINTS
 
     def _fingerprint(self) -> Numbers:
         """What the data order depends on: a resumed run must have the same."""
         chosen = {"seed": self.options.seed, "batch_size": self.options.batch_size}
         return {**chosen, "seq_len": self.data.seq_len, "rows": len(self.data)}
 
-    def save(self) -> Path:
-        """Write a checkpoint of this step. Collective."""
+    def save(self) -> Path | None:
+        """Write a checkpoint of this step; None while a thread still writes it. Collective."""
         if self.folder is None:
             raise ConfigError("a checkpoint needs output_path.")
-        self.checkpoint = save_training_state(
-            self.folder,
-            step=self.step,
-            model=self.model,
-            optimizer=self.optimizer,
-            numbers={"total_tokens": self.total_tokens, "data": self._fingerprint(), "steps": self.steps},
-            keep=self.options.keep_checkpoints,
-        )
+        state: dict[str, Any] = {
+            "step": self.step,
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "numbers": {"total_tokens": self.total_tokens, "data": self._fingerprint(), "steps": self.steps},
+            "keep": self.options.keep_checkpoints,
+        }
+        if self._saver is not None:
+            self._saver.save(self.folder, **state)
+            return None
+        self.checkpoint = save_training_state(self.folder, **state)
         return self.checkpoint
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """With checkpoint_async, a thread that writes; the last checkpoint is whole when the body has ended."""
+        if not self.options.checkpoint_async:
+            yield
+            return
+        with BackgroundSaver() as self._saver:
+            yield
+            self.checkpoint = self._saver.wait() or self.checkpoint
+        self._saver = None
 
     def _begin(self) -> None:
         """A fresh folder, or the newest checkpoint in it."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from math import cos, pi
+from typing import Any
 
 import torch
 from torch import nn
 
+from fms_parallel.errors import ConfigError
+from fms_parallel.strategy.base import parallel_of
+from fms_parallel.training import offload
 from fms_parallel.training.options import TrainOptions
 
 
@@ -25,15 +29,23 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object
 
 def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101), fused: one pass over each local shard, where foreach over DTensors dispatches per
-    tensor and costs four times as much.
+    tensor and costs four times as much. With `offload=optimizer_state` or `optimizer_step` its state lives on the host.
+
+    Raises:
+        ConfigError: a bucket size for an offload that is not there.
     """
-    return torch.optim.AdamW(
-        decay_groups(model, options.weight_decay),
-        lr=options.lr,
-        betas=(options.beta1, options.beta2),
-        eps=1e-8,
-        fused=True,
-    )
+    groups = decay_groups(model, options.weight_decay)
+    numbers: dict[str, Any] = {"lr": options.lr, "betas": (options.beta1, options.beta2), "eps": 1e-8}
+    mode = parallel_of(model).layout.offload
+    if mode in offload.MODES:
+        return offload.AdamW(groups, mode=mode, bucket_bytes=options.offload_bucket_bytes, **numbers)
+    if options.offload_bucket_bytes != TrainOptions.offload_bucket_bytes:
+        words = " or ".join(f"offload={word}" for word in offload.MODES)
+        raise ConfigError(
+            f"offload_bucket_bytes={options.offload_bucket_bytes} with offload={mode}: nothing is moved in buckets; "
+            f"add {words} to the layout, or leave it out."
+        )
+    return torch.optim.AdamW(groups, fused=True, **numbers)
 
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:

@@ -41,6 +41,9 @@ class TrainOptions:
     beta1: float = _option(0.9, "of AdamW")
     beta2: float = _option(0.95, "of AdamW")
     max_grad_norm: float = _option(1.0, "clip the gradient norm of the whole model to this; 0 does not clip")
+    offload_bucket_bytes: int = _option(
+        64 * 2**20, "with offload=optimizer_state or optimizer_step: how much is moved at a time"
+    )
     seed: int = _option(0, "of the data order, of dropout and of the initial weights")
     report_steps: int = _option(10, "show a progress line every so many steps; metrics.jsonl has every step")
     validate_steps: int | None = _option(
@@ -49,6 +52,12 @@ class TrainOptions:
     validation_rows: int = _option(64, "rows of the validation data that are measured")
     sample_steps: int | None = _option(None, "write a generated sample every so many steps, and at the end", type=int)
     checkpoint_steps: int | None = _option(None, "write a checkpoint every so many steps; always at the end", type=int)
+    timeline_step: int | None = _option(
+        None, "draw what the pipeline does in this step (timeline.png, .json)", type=int
+    )
+    checkpoint_async: bool = _option(
+        False, "write checkpoints in a thread, from a host copy of weights and optimizer, while training goes on"
+    )
     keep_checkpoints: int | None = _option(2, "newest checkpoints that are kept", type=int)
     output_path: str | None = _option(None, "folder for metrics, samples and checkpoints", type=str)
     resume: str = _option("never", "auto: go on from the newest whole checkpoint in --output_path", choices=RESUME)
@@ -76,9 +85,11 @@ class TrainOptions:
         if self.decay_steps is not None and self.lr_schedule != "wsd":
             raise ConfigError(f"decay_steps={self.decay_steps} belongs to lr_schedule=wsd, not {self.lr_schedule}.")
         if self.output_path is None:
-            for name in ("checkpoint_steps", "sample_steps"):
+            for name in ("checkpoint_steps", "sample_steps", "timeline_step"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{name}={getattr(self, name)} without output_path: there is nowhere to write.")
+            if self.checkpoint_async:
+                raise ConfigError("checkpoint_async without output_path: there is nowhere to write.")
             if self.resume != "never":
                 raise ConfigError("resume=auto without output_path: there is nothing to resume from.")
 
@@ -99,7 +110,8 @@ class TrainOptions:
 _LEAST: Mapping[str, float] = {
     **dict.fromkeys(("steps", "epochs", "batch_size", "grad_accum_steps", "report_steps"), 1),
     **dict.fromkeys(("validate_steps", "validation_rows", "sample_steps", "checkpoint_steps"), 1),
-    **dict.fromkeys(("keep_checkpoints", "decay_steps"), 1),
+    "timeline_step": 1,
+    **dict.fromkeys(("keep_checkpoints", "decay_steps", "offload_bucket_bytes"), 1),
     **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "seed"), 0),
 }
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from fms_parallel.errors import TrainingError
+from fms_parallel.modules.linear_types import refuse_quantised
 from fms_parallel.modules.loss import IGNORE
 from fms_parallel.modules.sequences import DropoutKey
 from fms_parallel.strategy.base import parallel_of
@@ -172,7 +173,7 @@ def backward(
 def summarise(model: nn.Module, loss_sum: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """(mean loss, gradient norm) of the step over the whole job: one collective."""
     parallel = parallel_of(model)
-    layout, norm = parallel.layout, squared_norm(model)
+    layout, norm = parallel.layout, squared_norm(model).to(loss_sum.device)
     # Every rank that finds out the loss of the same tokens tells its part of it.
     weight = layout.gradient_ranks / parallel.ranks_per_stage if parallel.runs_last_stage else 0.0
     both = torch.stack([loss_sum.to(norm.dtype) * weight, norm])
@@ -194,9 +195,10 @@ def train_step(
     """Gradients of the mean loss, clipping over the whole mesh, one optimizer step.
 
     Raises:
-        TrainingError: no valid token; a loss or gradient norm that is not finite (nothing is updated); with
-            `check_gradients`, a trainable parameter without a gradient.
+        TrainingError: weights that take no gradient (int8); no valid token; a loss or gradient norm that is not finite
+            (nothing is updated); with `check_gradients`, a trainable parameter without a gradient.
     """
+    refuse_quantised(model)
     tokens = count_tokens(model, batches)
     optimizer.zero_grad(set_to_none=True)
     loss_sum = backward(model, batches, tokens, loss_function=loss_function, keys=keys)

@@ -29,7 +29,9 @@ def compare(layout: str) -> tuple[Report, dict[str, int], int]:
     return report, dict(counters["graph_break"]), counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("layout", ["tp=2", "tp=2,sp", "fsdp=2", "fsdp=2,recompute=full"])
+@pytest.mark.parametrize(
+    "layout", ["tp=2", "tp=2,sp", "fsdp=2", "fsdp=2,recompute=full", "fsdp=2,recompute=budget=0.2"]
+)
 def test_compiled_matches_eager_in_one_process(layout: str) -> None:
     for report, breaks, graphs in run_ranks(compare, 2, layout, timeout=400.0):
         assert report.worst <= TOLERANCE["fp32"], report

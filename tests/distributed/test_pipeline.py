@@ -109,7 +109,8 @@ def lengths(layout: str) -> list[float]:
     from fms_parallel.training.options import TrainOptions
     from fms_parallel.training.step import train_step
 
-    model = tiny(f"{layout},precision=fp64" if layout else ParallelLayout(precision="fp64"))  # type: ignore[arg-type]
+    words = f"{layout},precision=fp64" if layout else ParallelLayout(precision="fp64")
+    model = tiny(words, layers=4)  # type: ignore[arg-type]
     optimizer = make_optimizer(model, TrainOptions())
     found = []
     for step, length in enumerate((5, 9, 5, 3)):
@@ -118,9 +119,27 @@ def lengths(layout: str) -> list[float]:
     return found
 
 
-def test_sequence_length_may_change_between_steps() -> None:
-    for losses in run_ranks(lengths, 2, "pp=2"):
+@pytest.mark.parametrize(
+    ("layout", "ranks"), [("pp=2", 2), ("pp=2,fsdp=2,schedule=interleaved1f1b", 4), ("pp=2,tp=2,sp,schedule=zbv", 4)]
+)
+def test_sequence_length_may_change_between_steps(layout: str, ranks: int) -> None:
+    for losses in run_ranks(lengths, ranks, layout):
         assert losses == pytest.approx(lengths(""), rel=1e-12)
+
+
+def forgetful(layout: str) -> None:
+    """A run whose last stage has a parameter that no loss depends on."""
+    from torch import nn
+
+    model = tiny(layout, layers=4)
+    if model.parallel.pipeline.is_last:
+        model.norm.register_parameter("forgotten", nn.Parameter(next(model.norm.parameters()).detach().clone()))
+    train(model, rows(), **OPTIONS)
+
+
+def test_a_parameter_without_a_gradient_stops_the_run() -> None:
+    with pytest.raises(RankFailed, match=r"TrainingError: 1 trainable parameters got no gradient \(norm.forgotten\)"):
+        run_ranks(forgetful, 2, "pp=2,schedule=interleaved1f1b", timeout=60.0)
 
 
 def failing() -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fms_parallel.errors import ConfigError
+from fms_parallel.errors import ConfigError, LayoutError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.planner.simulate import makespan
+from fms_parallel.schedule_file import write_schedule
 from fms_parallel.schedules import SCHEDULES
-from fms_parallel.strategy.show import main, rank_grid, timeline
+from fms_parallel.strategy.show import as_file, main, rank_grid, timeline
 
 
 @pytest.mark.parametrize("text", ["", "tp=4", "pp=2,fsdp=2,tp=2,sp", "dp=2,fsdp=3,cp=2,tp=2"])
@@ -43,3 +44,34 @@ def test_every_schedule_is_drawn(schedule: str, tmp_path: Path, capsys: pytest.C
 def test_a_picture_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no schedule to draw"):
         main(["tp=2", "--picture", str(tmp_path / "x.png")])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_is_written_and_its_layout_is_drawn(
+    schedule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "step.csv"
+    assert main([f"pp=2,schedule={schedule}", "--write-schedule", str(path)]) == 0
+    own = re.findall(r"its layout is '(.+)'", capsys.readouterr().out)[0]
+    layout = ParallelLayout.parse(own)
+    assert (
+        layout.schedule == f"file:{path}" and layout.stages == ParallelLayout.parse(f"pp=2,schedule={schedule}").stages
+    )
+    assert main([own]) == 0
+    assert f"pp 1: stages {' '.join(map(str, layout.stages_of(1)))}" in capsys.readouterr().out
+    work = layout.stages * layout.pieces * 3.0  # forward 1, backward 2, in one part or in two
+    assert sum(event.end - event.start for event in timeline(layout)) == pytest.approx(work)
+
+
+def test_the_written_1f1b_takes_its_closed_form(tmp_path: Path) -> None:
+    write_schedule(as_file(ParallelLayout.parse("pp=4,microbatches=8")), tmp_path / "step.csv")
+    layout = ParallelLayout.parse(f"pp=4,microbatches=8,schedule=file:{tmp_path}/step.csv")
+    assert makespan(timeline(layout)) == pytest.approx((8 + 3) * 3)
+
+
+def test_a_schedule_that_cannot_run_is_not_drawn(tmp_path: Path) -> None:
+    (tmp_path / "step.csv").write_text("0F0,0B0,0F1,0B1\n")
+    with pytest.raises(LayoutError, match=r"step.csv with pp=2: the file has 1 rows"):
+        main([f"pp=2,schedule=file:{tmp_path}/step.csv"])
+    with pytest.raises(LayoutError, match="2 micro-batches cannot fill 4 stages"):
+        main(["pp=4,microbatches=2"])
