@@ -231,7 +231,7 @@ def main(words: Sequence[str] | None = None) -> int:
     args, others = build_parser().parse_known_args(words)
     world = os.environ.get("WORLD_SIZE", "1")
     layout = ParallelLayout.parse(args.distributed).resolve(int(world), int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-    arguments = _factory_arguments(others)
+    arguments = factory_arguments(others)
     factory = load_factory(args.factory)
 
     from fms_parallel.distributed.start import process_group
@@ -265,7 +265,7 @@ def load_factory(name: str) -> Callable[..., nn.Module]:
     return found  # type: ignore[no-any-return]
 
 
-def _factory_arguments(words: Sequence[str]) -> dict[str, Any]:
+def factory_arguments(words: Sequence[str]) -> dict[str, Any]:
     """`--variant micro --layers 2` -> `{"variant": "micro", "layers": 2}`."""
     if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
         raise ConfigError(f"cannot read {' '.join(words)!r}: flags for the factory come as --name value.")

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser as torchrun_parser
 
+from fms_parallel.auto.table import build_parser as table_parser
 from fms_parallel.layout import ParallelLayout
+from fms_parallel.simulate.cli import build_parser as simulate_parser
 from fms_parallel.verify import build_parser as verify_parser
-from scripts import convert_checkpoint, inference, train_causal, train_masked
+from scripts import benchmark_inference, convert_checkpoint, inference, train_causal, train_hf_pipeline, train_masked
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -19,9 +21,13 @@ TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for
 COMMANDS = {
     "scripts/train_causal.py": train_causal.build_parser,
     "scripts/train_masked.py": train_masked.build_parser,
+    "scripts/train_hf_pipeline.py": train_hf_pipeline.build_parser,
     "scripts/inference.py": inference.build_parser,
+    "scripts/benchmark_inference.py": benchmark_inference.build_parser,
     "scripts/convert_checkpoint.py": convert_checkpoint.build_parser,
     "-m fms_parallel.verify": verify_parser,
+    "-m fms_parallel.auto.table": table_parser,
+    "-m fms_parallel.simulate": simulate_parser,
 }
 
 
@@ -47,7 +53,7 @@ def test_layouts_in_commands_and_code_parse(page: str) -> None:
     written = r"--distributed (\S+)|distributed_strategy=\"([^\"]+)\"|Layout\.parse\(\"([^\"]+)\"\)"
     for word in re.findall(written, TEXTS[page]):
         layout = next(filter(None, word))
-        if layout not in ("LAYOUT", "`"):
+        if layout not in ("LAYOUT", "`", "auto"):
             ParallelLayout.parse(layout)
 
 

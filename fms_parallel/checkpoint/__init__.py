@@ -8,9 +8,11 @@ torch_files.py     guarded .bin / .pth / .pt files in, mapped
 meta.py            Meta's consolidated.NN.pth files, any number of them, in and out
 slots.py           what a model holds: names, ties, this rank's box
 load.py            weights into a model, each rank reading only its own boxes
-export.py          weights out of a model, one gathered tensor at a time
+export.py          weights out of a model, piece by piece, each rank writing some of the files
+spread.py          tensors that lie in boxes on many ranks, read by one of them
 training_state.py  model + optimizer + plain numbers of a run, saved atomically, loadable in any layout
 named.py           model and optimizer as one flat dict of named tensors, and back
+background.py      the same while training goes on
 manifest.py        the page that makes a training checkpoint valid: lengths and SHA-256 of its files
 words.py           how messages list keys
 agree.py           a failure on one rank is a failure on all

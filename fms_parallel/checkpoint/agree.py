@@ -1,6 +1,7 @@
 """A failure on one rank is a failure on all: nobody goes on to wait for a rank that has stopped.
 
-It knows the default process group, if there is one; without it this process is the only rank.
+It knows a process group of all ranks, the default one where none is given; without any this process is the only rank.
+A thread beside the training loop has a group of its own: two threads never talk over one.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def from_every_rank(value: T) -> list[T]:
+def from_every_rank(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every rank's value, in rank order. Collective; for small picklable values."""
     _, world = rank_and_world()
     if world == 1:
         return [value]
     values: list[T | None] = [None] * world
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values  # type: ignore[return-value]
 
 
 @contextmanager
-def on_every_rank(work: str) -> Iterator[None]:
+def on_every_rank(work: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run the body on every rank and raise on every rank when any of them raised. Collective.
 
     The body must be rank-local, or a collective that fails on all ranks alike: a rank that fails leaves it early.
@@ -47,7 +48,7 @@ def on_every_rank(work: str) -> Iterator[None]:
     except Exception as error:
         failure = error
     rank, _ = rank_and_world()
-    reasons = from_every_rank(None if failure is None else f"{failure}" or type(failure).__name__)
+    reasons = from_every_rank(None if failure is None else f"{failure}" or type(failure).__name__, group)
     if isinstance(failure, OSError):
         raise CheckpointError(f"{work} failed: {failure}.") from failure
     if failure is not None:

@@ -1,25 +1,30 @@
-"""Weights out of a model, in any layout and any format: gathered one tensor at a time, written by rank 0.
+"""Weights out of a model, in any layout and any format: read piece by piece, each file by the rank nearest to it.
 
-It knows modules, adapters and the order that ranks must keep; the files themselves are written by `files.py`.
+    file                 tensors               written by        who sends
+    model-00001-of-2     layers of stage 0     a rank of stage 0     the other ranks of stage 0
+    model-00002-of-2     layers of stage 1     a rank of stage 1     the other ranks of stage 1
+
+It knows modules, adapters and the order that ranks must keep; what a file looks like is in `files.py`, how ranks read
+together in `spread.py`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fms_parallel.checkpoint.adapter import Adapter
 from fms_parallel.checkpoint.agree import on_every_rank, rank_and_world
-from fms_parallel.checkpoint.files import write_text, write_weights
+from fms_parallel.checkpoint.files import lay_out, put_in_place, synced, temporaries, write_file, write_text
 from fms_parallel.checkpoint.lazy import LazyTensor
-from fms_parallel.checkpoint.slots import slots_of
+from fms_parallel.checkpoint.quantised import refuse_to_save
+from fms_parallel.checkpoint.spread import Reading, busiest, spread_tensors
+from fms_parallel.checkpoint.words import listed
 from fms_parallel.distributed.boxes import Box
 from fms_parallel.errors import CheckpointError
-from fms_parallel.strategy.base import parallel_of
 
 
 def save_weights(
@@ -30,12 +35,14 @@ def save_weights(
     extra_files: Mapping[str, str] | None = None,
     max_shard_bytes: int = 5 << 30,
 ) -> None:
-    """Write the model's weights as safetensors files. Collective over all ranks; each takes part in every gather.
+    """Write the model's weights as safetensors files. Collective over all ranks, whatever they hold of the model.
 
-    Tied weights are written once: under the name that the adapter's format gives them, or without an adapter under
-    the first. At any time a rank holds one gathered tensor beside its shards.
+    The files are those of one process, byte for byte. No tensor is ever whole on a rank that does not hold it whole:
+    a file's writer takes in `lazy.PIECE_BYTES` at a time. Tied weights are written once: under the name that the
+    adapter's format gives them, or without an adapter under the first.
 
     Args:
+        directory: the same for every rank, on a disk that all of them see.
         adapter: from native to the format; None writes native names and shapes.
         extra_files: name -> text of files beside the weights (`config.json`), written before them.
         max_shard_bytes: weights above this are spread over several files with an index.
@@ -43,81 +50,85 @@ def save_weights(
         CheckpointError: on every rank, when any rank failed: a full disk, a folder that cannot be written, keys that
             the adapter does not know. Nothing half-written stays under a final name.
     """
-    if parallel_of(model).pipeline is not None:
-        raise CheckpointError("weights are not written from pipeline stages yet: load the run without pp, then export.")
-    directory = Path(directory)
-    rank, _ = rank_and_world()
+    refuse_to_save(model)
+    directory, rank = Path(directory), rank_and_world()[0]
+    tensors, reading = spread_tensors(model)
     with on_every_rank(f"preparing {directory}"):
-        exported = _exported(model, adapter)
+        native = {name: tensor for names, tensor in tensors.items() for name in (names if adapter else names[:1])}
+        exported = adapter.from_native(dict(native)) if adapter else dict(native)
+        files = lay_out(exported, max_shard_bytes)
+        writers = _writers(exported, files, reading)
         if rank == 0:
             directory.mkdir(parents=True, exist_ok=True)
             for name, text in (extra_files or {}).items():
                 write_text(directory / name, text)
-    with on_every_rank(f"writing {directory}"):
-        pending = dict(exported)
-        try:
+    with temporaries(directory, files) as temporary:
+        with on_every_rank(f"writing {directory}"):
+            _write(exported, files, writers, temporary, reading)
+        with on_every_rank(f"finishing {directory}"):
             if rank == 0:
-                reads = {key: _Tracked(key, tensor, pending) for key, tensor in exported.items()}
-                write_weights(directory, reads, max_shard_bytes=max_shard_bytes)
-        finally:
-            # The other ranks, and rank 0 after a failed write: nobody leaves a gather that others are in.
-            for tensor in pending.values():
-                tensor.read_all()
+                _check_seen(temporary, files)
+                put_in_place(directory, temporary, exported, files)
 
 
-def _exported(model: nn.Module, adapter: Adapter | None) -> dict[str, LazyTensor]:
-    """Lazy tensors whose reading gathers, under the names to be written. The same, in the same order, on every rank."""
-    gatherer = _Gatherer()
-    native: dict[str, LazyTensor] = {}
-    for slot in slots_of(model):
-        slot.box()  # refuses placements that do not gather to what was sharded
-        gathered = GatheredTensor(slot.tensor, gatherer)
-        native.update(dict.fromkeys(slot.names if adapter else slot.names[:1], gathered))
-    return adapter.from_native(native) if adapter else native
+def _writers(exported: Mapping[str, LazyTensor], files: Mapping[str, list[str]], reading: Reading) -> dict[str, int]:
+    """File -> the rank that holds most of it."""
+    found: dict[str, int] = {}
+    for name, keys in files.items():
+        reading.reader, reading.bytes_held = None, Counter({0: 0})
+        for key in keys:
+            for _ in exported[key].read_rows():
+                pass
+        found[name] = busiest(reading.bytes_held, Counter(found.values()))
+    return found
 
 
-class _Gatherer:
-    """Makes parameters whole and keeps the last one: parts of a fused tensor are read one after the other."""
-
-    def __init__(self) -> None:
-        self._source: Tensor | None = None
-        self._full: Tensor | None = None
-
-    @torch.no_grad()
-    def full(self, tensor: Tensor) -> Tensor:
-        """The full tensor; collective over its mesh unless it was asked for last time."""
-        if self._full is None or self._source is not tensor:
-            self._source = self._full = None  # free the old one before the new one comes
-            self._full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-            self._source = tensor
-        return self._full
-
-
-class GatheredTensor(LazyTensor):
-    """A parameter of any layout as a lazy tensor. Reading is collective: all ranks read the same, in the same order."""
-
-    def __init__(self, tensor: Tensor, gatherer: _Gatherer) -> None:
-        super().__init__(tensor.shape, tensor.dtype)
-        self._tensor = tensor
-        self._gatherer = gatherer
-
-    def _read(self, box: Box) -> Tensor:
-        return self._gatherer.full(self._tensor)[box.slices]
+def _write(
+    exported: Mapping[str, LazyTensor],
+    files: Mapping[str, list[str]],
+    writers: Mapping[str, int],
+    temporary: Mapping[str, Path],
+    reading: Reading,
+) -> None:
+    """This rank's files, and its part in those of others."""
+    failure: OSError | None = None
+    for name, keys in files.items():
+        reading.reader = writers[name]
+        drawn = {key: _Drawn(exported[key]) for key in keys}
+        try:
+            if failure is None and writers[name] == rank_and_world()[0]:
+                with synced(temporary[name]) as file:
+                    write_file(file, drawn)
+        except OSError as error:
+            failure = error
+        # Those who do not write, and who no longer can: nobody leaves while others send or wait.
+        for tensor in drawn.values():
+            for _ in tensor.read_rows():
+                pass
+    if failure is not None:
+        raise failure
 
 
-class _Tracked(LazyTensor):
-    """Passes reads on, and strikes its key from the list of those that are still to be read."""
+def _check_seen(temporary: Mapping[str, Path], files: Mapping[str, list[str]]) -> None:
+    unseen = [name for name in files if not temporary[name].is_file()]
+    if unseen:
+        raise CheckpointError(
+            f"rank 0 does not see what other ranks wrote ({listed('files', unseen)}): every rank must see the same "
+            "folder. Use a shared file system."
+        )
 
-    def __init__(self, key: str, inner: LazyTensor, pending: dict[str, LazyTensor]) -> None:
+
+class _Drawn(LazyTensor):
+    """Rows of a tensor, each read once however often somebody begins to read them."""
+
+    def __init__(self, inner: LazyTensor) -> None:
         super().__init__(inner.shape, inner.dtype)
-        self._key = key
-        self._inner = inner
-        self._pending = pending
+        self._inner, self._rows = inner, inner.read_rows()
 
     def _read(self, box: Box) -> Tensor:
-        del self._pending[self._key]
         return self._inner.read(box)
 
     def read_rows(self) -> Iterator[Tensor]:
-        """All at once: the other ranks take part in one gather."""
-        yield self.read_all()
+        """What is left of them."""
+        while (rows := next(self._rows, None)) is not None:
+            yield rows

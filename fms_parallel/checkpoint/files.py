@@ -10,7 +10,7 @@ import ctypes
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -182,31 +182,37 @@ def write_weights(
         CheckpointError: the disk is full, the folder cannot be written, or a dtype that safetensors has no name for.
     """
     directory = Path(directory)
-    shards = _shards(tensors, max_shard_bytes)
-    names = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
-    header = {"format": "pt", **(metadata or {})}
+    files = lay_out(tensors, max_shard_bytes)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _temporaries(directory, names if len(shards) == 1 else [*names, INDEX]) as temporary:
-            for name, keys in zip(names, shards, strict=True):
-                with _synced(temporary[name]) as file:
-                    _write_shard(file, {key: tensors[key] for key in keys}, header)
-            if len(shards) > 1:
-                with _synced(temporary[INDEX]) as file:
-                    file.write(_index(tensors, dict(zip(names, shards, strict=True))))
-            _put_in_place(directory, temporary)
+        with temporaries(directory, files) as temporary:
+            for name, keys in files.items():
+                with synced(temporary[name]) as file:
+                    write_file(file, {key: tensors[key] for key in keys}, metadata)
+            put_in_place(directory, temporary, tensors, files)
     except OSError as error:
         raise CheckpointError(f"{directory}: weights were not written: {error}.") from error
 
 
+def lay_out(tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> dict[str, list[str]]:
+    """File -> the keys in it, in order: a new file where the next tensor would go over the limit.
+
+    Raises:
+        CheckpointError: a dtype that safetensors has no name for.
+    """
+    for key, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            raise CheckpointError(f"{key} is of type {tensor.dtype}, which safetensors files cannot hold.")
+    shards = _shards(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": keys for i, keys in enumerate(shards)}
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that it is there whole or not at all. Raises OSError."""
-    with _temporaries(path.parent, [path.name]) as temporary:
-        with _synced(temporary[path.name]) as file:
+    with temporaries(path.parent, [path.name]) as temporary:
+        with synced(temporary[path.name]) as file:
             file.write(text.encode())
         temporary[path.name].replace(path)
     sync_folder(path.parent)
@@ -240,15 +246,19 @@ def _index(tensors: Mapping[str, LazyTensor], shards: Mapping[str, Sequence[str]
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode()
 
 
-def _write_shard(file: BinaryIO, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> None:
-    """One safetensors file: length of the header (8 bytes), header (JSON, padded to 8 bytes), then the tensors."""
+def write_file(file: BinaryIO, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None) -> None:
+    """One safetensors file: length of the header (8 bytes), header (JSON, padded to 8 bytes), then the tensors.
+
+    Args:
+        metadata: text for the header, beside `format: pt`, which transformers asks for.
+    Raises:
+        OSError: and then some tensors, or rows of one, were not read.
+    """
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     # Widest types first: then every tensor begins at a multiple of its element size, as readers that map it need.
     for key, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
-        if tensor.dtype not in names:
-            raise CheckpointError(f"{key} is of type {tensor.dtype}, which safetensors files cannot hold.")
         start, end = end, end + tensor.nbytes
         header[key] = {"dtype": names[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -268,9 +278,9 @@ def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
 
 
 @contextmanager
-def _temporaries(directory: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
-    """Names to write under for each final name; what is still there at the end is removed."""
-    temporary = {name: directory / f"{name}{WRITING}" for name in names}
+def temporaries(directory: Path, names: Iterable[str]) -> Iterator[dict[str, Path]]:
+    """Names to write under for each final name, and the index; what is still there at the end is removed."""
+    temporary = {name: directory / f"{name}{WRITING}" for name in (*names, INDEX)}
     try:
         yield temporary
     finally:
@@ -280,7 +290,7 @@ def _temporaries(directory: Path, names: Sequence[str]) -> Iterator[dict[str, Pa
 
 
 @contextmanager
-def _synced(path: Path) -> Iterator[BinaryIO]:
+def synced(path: Path) -> Iterator[BinaryIO]:
     """A new file, on the disk when the body is done."""
     with path.open("wb") as file:
         yield file
@@ -288,14 +298,23 @@ def _synced(path: Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
 
 
-def _put_in_place(directory: Path, temporary: Mapping[str, Path]) -> None:
-    """Earlier weights out, index first; new ones in, index last."""
+def put_in_place(
+    directory: Path, temporary: Mapping[str, Path], tensors: Mapping[str, LazyTensor], files: Mapping[str, list[str]]
+) -> None:
+    """Give written files their names: earlier weights out, index first; new ones in, index last. Raises OSError.
+
+    Args:
+        temporary, files: as `temporaries` and `lay_out` gave them.
+    """
+    if len(files) > 1:
+        with synced(temporary[INDEX]) as file:
+            file.write(_index(tensors, files))
     earlier = [path for path in directory.iterdir() if _OURS.fullmatch(path.name)]
     for path in [directory / INDEX, *earlier]:
         path.unlink(missing_ok=True)
     sync_folder(directory)
-    for name, path in temporary.items():
-        path.replace(directory / name)
+    for name in [*files, *([INDEX] if len(files) > 1 else [])]:
+        temporary[name].replace(directory / name)
     sync_folder(directory)
 
 

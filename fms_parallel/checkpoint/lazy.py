@@ -270,7 +270,7 @@ class Agreeing(LazyTensor):
         first, *others = (copy.read(box) for copy in self.copies)
         for other in others:
             # Compared as bytes: a NaN equals itself here.
-            if not torch.equal(_as_bytes(first), _as_bytes(other)):
+            if not torch.equal(as_bytes(first), as_bytes(other)):
                 raise CheckpointError(f"{self.what}, with different contents.")
         return first
 
@@ -347,5 +347,6 @@ def _rectangles(start: int, stop: int, sizes: tuple[int, ...]) -> list[Box]:
     return boxes
 
 
-def _as_bytes(tensor: Tensor) -> Tensor:
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The elements in order as bytes; of a contiguous tensor its own memory."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)

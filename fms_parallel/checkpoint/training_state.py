@@ -17,6 +17,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from fms_parallel.checkpoint.named import (
     named_weights,
     put_state,
 )
+from fms_parallel.checkpoint.quantised import refuse_to_save
 from fms_parallel.checkpoint.words import listed, refuse_misfits
 from fms_parallel.errors import CheckpointError
 from fms_parallel.log import get_logger
@@ -76,25 +78,66 @@ def save_training_state(
         CheckpointError: on every rank, when any rank failed or ranks disagree; no new checkpoint is there then, and
             the earlier ones are as they were. (A rank that failed otherwise keeps its own exception.)
     """
-    folder, rank = Path(folder), rank_and_world()[0]
+    return write_out(gather_up(folder, step=step, model=model, optimizer=optimizer, numbers=numbers, keep=keep))
+
+
+@dataclass(frozen=True)
+class Unwritten:
+    """What a checkpoint will hold, before a byte of it is on the disk.
+
+    Attributes:
+        final: the folder that it will be. text: the caller's numbers as JSON. layout, optimizer: for the manifest.
+        stateless: this rank's parameters that the optimizer has no state of. tensors: this rank's, by key.
+    """
+
+    final: Path
+    step: int
+    text: str
+    layout: str
+    optimizer: str
+    stateless: list[str]
+    tensors: dict[str, Tensor]
+    keep: int | None
+
+
+def gather_up(
+    folder: Path,
+    *,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    numbers: Mapping[str, Any],
+    keep: int | None = None,
+) -> Unwritten:
+    """The first half of `save_training_state`: everything that looks at model and optimizer, whose tensors these are.
+
+    Collective over all ranks; arguments and errors are those of `save_training_state`.
+    """
     with on_every_rank(f"saving step {step} in {folder}"):
+        refuse_to_save(model)
         text = _checked_numbers(step, numbers, keep)
         state, stateless = named_state(model, optimizer)
         tensors = {**named_weights(model), **state}
-        final = folder / f"step-{step:08d}"
-        partial = folder / f"{final.name}{PARTIAL}"
     _agree("step and numbers", (step, text))
+    final, layout = Path(folder) / f"step-{step:08d}", str(parallel_of(model).layout)
+    return Unwritten(final, step, text, layout, type(optimizer).__name__, stateless, tensors, keep)
+
+
+def write_out(unwritten: Unwritten, group: dist.ProcessGroup | None = None) -> Path:
+    """The second half: the files. Collective over `group`, which holds all ranks; None is the default one."""
+    final, rank = unwritten.final, rank_and_world()[0]
+    partial = final.with_name(f"{final.name}{PARTIAL}")
     try:
-        _write_tensors(partial, tensors)
+        _write_tensors(partial, unwritten.tensors, group)
         manifest = Manifest(
-            step=step,
-            numbers=json.loads(text),
-            layout=str(parallel_of(model).layout),
-            optimizer=type(optimizer).__name__,
-            stateless=tuple(sorted({name for names in from_every_rank(stateless) for name in names})),
-            files=_marks(partial),
+            step=unwritten.step,
+            numbers=json.loads(unwritten.text),
+            layout=unwritten.layout,
+            optimizer=unwritten.optimizer,
+            stateless=tuple(sorted({name for names in from_every_rank(unwritten.stateless, group) for name in names})),
+            files=_marks(partial, group),
         )
-        with on_every_rank(f"finishing {final}"):
+        with on_every_rank(f"finishing {final}", group):
             if rank == 0:
                 _finish(partial, final, manifest)
     except Exception:
@@ -102,7 +145,7 @@ def save_training_state(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if rank == 0:
-        _prune(folder, final, step, keep)
+        _prune(final.parent, final, unwritten.step, unwritten.keep)
     return final
 
 
@@ -132,30 +175,31 @@ def _agree(what: str, value: object) -> None:
             )
 
 
-def _write_tensors(partial: Path, tensors: dict[str, Tensor]) -> None:
+def _write_tensors(partial: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
     """Every rank's shards into a new folder."""
-    with on_every_rank(f"preparing {partial}"):
+    with on_every_rank(f"preparing {partial}", group):
         if rank_and_world()[0] == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-    with on_every_rank(f"writing {partial}"), _torch_checkpoint(f"writing {partial}"):
+    with on_every_rank(f"writing {partial}", group), _torch_checkpoint(f"writing {partial}"):
         dcp.save(
             tensors,  # type: ignore[arg-type]
             storage_writer=dcp.FileSystemWriter(partial),
             planner=dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=group,
             no_dist=not dist.is_initialized(),
         )
 
 
-def _marks(partial: Path) -> dict[str, FileMark]:
+def _marks(partial: Path, group: dist.ProcessGroup | None) -> dict[str, FileMark]:
     """Lengths and digests of all files. Each rank reads those that it wrote, rank 0 also the one for all."""
     rank, _ = rank_and_world()
     found: dict[str, FileMark] = {}
-    with on_every_rank(f"checking {partial}"):
+    with on_every_rank(f"checking {partial}", group):
         own = sorted(partial.glob(f"__{rank}_*.distcp"))
         found = {path.name: FileMark.of(path) for path in ([partial / ".metadata", *own] if rank == 0 else own)}
-    marks = {name: mark for part in from_every_rank(found) for name, mark in part.items()}
-    with on_every_rank(f"checking {partial}"):
+    marks = {name: mark for part in from_every_rank(found, group) for name, mark in part.items()}
+    with on_every_rank(f"checking {partial}", group):
         unseen = sorted(marks.keys() - {path.name for path in partial.iterdir()})
         if unseen:
             raise CheckpointError(

@@ -62,7 +62,8 @@ def activation_bytes_per_token(shape: ModelShape, columns: Columns, sequence: in
         "memory": w * (outside + 2 * q + 2 * kv + 2 * shape.width + ups * ffn) + 4 * shape.heads / tp,
         "half": w * (outside + q + kv + q + ffn) + 4 * shape.heads / tp,
     }[software.selective]
-    by_policy = [everything, selective, w * outside]
+    part = columns.recomputed(shape.layers)
+    by_policy = [everything, selective, part * w * outside + (1 - part) * everything]
     return np.choose(columns.recompute, [np.broadcast_to(x, columns.tp.shape) for x in by_policy])
 
 
@@ -75,34 +76,43 @@ def peak(
     blocks: tuple[Array, Array],
 ) -> Memory:
     """Memory of the fullest rank. `blocks`: of the first rank and of the last one, over all their stages."""
-    tokens = tokens_of(columns, sequence)
-    states = States(shape, columns, software, experts)
-    first = states.rank(blocks[0], embedding=True, head=columns.pp == 1)
-    last = states.rank(blocks[1], embedding=(columns.pp == 1), head=np.ones(len(columns), dtype=bool))
-    per_token = activation_bytes_per_token(shape, columns, sequence, software) * software.fragmentation
-    kept = tokens * per_token
-    again = _one_block_again(shape, columns, sequence, software) * tokens
     held = schedule.in_flight(columns)
-    # Logits, their fp32 copy, log-probabilities and the gradient are there at once.
-    logits = tokens * shape.vocab / columns.tp * (software.working_bytes + 3 * 4)
-    outside = tokens * shape.width * software.working_bytes
+    alone = columns.pp == 1
+    whole = np.ones(len(columns), dtype=bool)
+    known = (shape, columns, sequence, software, experts)
     ends = (
-        Memory(
-            *first,
-            kept * blocks[0] * held + again + outside,
-            np.where(columns.pp == 1, logits, 0.0),
-            _reserve(columns, software),
-        ),
-        Memory(
-            *last,
-            kept * blocks[1] * _held_by_last(columns, held) + again + outside,
-            logits,
-            _reserve(columns, software),
-        ),
+        of_stage(*known, blocks[0], held, whole, alone),
+        of_stage(*known, blocks[1], _held_by_last(columns, held), alone, whole),
     )
     fuller = ends[1].total > ends[0].total
     return Memory(
         **{f.name: np.where(fuller, getattr(ends[1], f.name), getattr(ends[0], f.name)) for f in fields(Memory)}
+    )
+
+
+def of_stage(
+    shape: ModelShape,
+    columns: Columns,
+    sequence: int,
+    software: Software,
+    experts: Experts | None,
+    blocks: Array,
+    held: Array,
+    embedding: Array,
+    head: Array,
+) -> Memory:
+    """A rank with so many blocks that holds activations of `held` micro-batches, and perhaps an end of the model."""
+    tokens = tokens_of(columns, sequence)
+    kept = tokens * activation_bytes_per_token(shape, columns, sequence, software) * software.fragmentation
+    again = _one_block_again(shape, columns, sequence, software) * tokens
+    # Logits, their fp32 copy, log-probabilities and the gradient are there at once.
+    logits = tokens * shape.vocab / columns.tp * (software.working_bytes + 3 * 4)
+    outside = tokens * shape.width * software.working_bytes
+    return Memory(
+        *States(shape, columns, software, experts).rank(blocks, embedding, head),
+        kept * blocks * held + again + outside,
+        np.where(head, logits, 0.0),
+        _reserve(columns, software),
     )
 
 
@@ -145,7 +155,8 @@ class States:
         tables = self.table() * (
             np.asarray(embedding, dtype=float) + np.asarray(head, dtype=float) * self.separate_head()
         )
-        whole = blocks * self.block() + tables
+        last_norm = np.asarray(head, dtype=float) * self.shape.norm_parameters
+        whole = blocks * self.block() + tables + last_norm
         shards = self.shards()
         over_dp = np.where(c.zero >= 1, c.dp, 1)
         kept = np.where(c.offload == OFFLOADS.index("params"), 0.0, 1.0)
@@ -161,7 +172,9 @@ class States:
 
     def shards(self) -> Array:
         """Ranks that share one copy of a parameter."""
-        return self.columns.fsdp * np.where(self.software.shard_over_cp, self.columns.cp, 1)
+        c, when = self.columns, self.software.shard_over_cp
+        over = (when == "always") | ((when == "with fsdp") & (c.fsdp > 1))
+        return np.asarray(c.fsdp * np.where(over, c.cp, 1))
 
     def gathered(self, whole: Array) -> Array:
         """Copies in the working precision: of two blocks with fsdp, of everything where states are wider without.

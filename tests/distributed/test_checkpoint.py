@@ -72,7 +72,7 @@ def digests(model: nn.Module, optimizer: torch.optim.Optimizer) -> Digests:
     """SHA-256 of every full weight and moment, by name."""
     found = {**named_weights(model), **named_state(model, optimizer)[0]}
     whole = {key: t.full_tensor() if isinstance(t, DTensor) else t for key, t in found.items()}
-    return {key: hashlib.sha256(lazy._as_bytes(t).numpy().tobytes()).hexdigest() for key, t in whole.items()}
+    return {key: hashlib.sha256(lazy.as_bytes(t).numpy().tobytes()).hexdigest() for key, t in whole.items()}
 
 
 # ---- training state: every layout to every other ---------------------------------------------------------------

@@ -1,0 +1,119 @@
+"""The planner's memory against an oracle that knows no formulas: `simulate` runs the library's own training step."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+
+from fms_parallel.layout import ParallelLayout
+from fms_parallel.models import get_model
+from fms_parallel.models.build import get_shape
+from fms_parallel.planner import Cluster, Planner, Workload, cost, memory
+from fms_parallel.planner.catalog import Model
+from fms_parallel.planner.columns import Columns
+from fms_parallel.planner.software import load_software
+from fms_parallel.simulate import Simulation, simulate, stage_ranks
+
+SIZE: dict[str, Any] = {"vocab_size": 256, "width": 128, "layers": 4, "heads": 8, "kv_heads": 4, "ffn_width": 384}
+B, S = 8, 256
+TENSORS_PER_BLOCK, OUTSIDE = 9, 3
+
+SHARDED = ["", "tp=2", "tp=4,sp", "dp=2", "fsdp=2", "fsdp=2,tp=2,sp", "dp=2,fsdp=2,tp=2", "cp=2,fsdp=2"]
+STAGED = ["pp=2,microbatches=4", "pp=4,tp=2,microbatches=4", "pp=2,fsdp=2,tp=2,sp,microbatches=2"]
+POLICIES = ["recompute=selective", "recompute=full", "tp=2,sp,recompute=full"]
+
+
+@cache
+def simulated(words: str, rank: int = 0) -> Simulation:
+    layout = ParallelLayout.parse(words)
+    return simulate(get_model, layout, batch_size=B, seq_len=S, rank=rank, architecture="llama", **SIZE)
+
+
+def planned(words: str, first: bool = True) -> tuple[float, float, float, float]:
+    """(parameters, gradients, optimizer state of one rank; activations that a block keeps per micro-batch)."""
+    layout = ParallelLayout.parse(words)
+    shape, columns = get_shape("llama", **SIZE), Columns.of_layout(layout, B)
+    software = load_software("native").with_precision(layout.precision)
+    states = memory.States(shape, columns, software, None)
+    ends = {"embedding": first or layout.pp == 1, "head": np.array([not first or layout.pp == 1])}
+    held = states.rank(np.array([shape.layers / layout.pp]), **ends)
+    rows = int(columns.micro[0]) if layout.pp > 1 else B // layout.data_parallel
+    per_token = memory.activation_bytes_per_token(shape, columns, S, software)
+    kept = float(per_token[0]) * rows * S / layout.cp
+    parameters, gradients, optimizer = (float(np.asarray(value).flat[0]) for value in held[:3])
+    return parameters, gradients, optimizer, kept
+
+
+@pytest.mark.parametrize("words", [*SHARDED, *STAGED])
+def test_parameters_and_optimizer_are_exact(words: str) -> None:
+    layout = ParallelLayout.parse(words)
+    for rank in {stage_ranks(layout)[0], stage_ranks(layout)[-1]}:
+        one = simulated(words, rank)
+        parameters, _, optimizer, _ = planned(words, first=rank == 0)
+        outside = OUTSIDE if layout.pp == 1 else (1 if rank == 0 else 2)
+        steps = 4 * (TENSORS_PER_BLOCK * SIZE["layers"] // layout.pp + outside)  # AdamW counts steps for each tensor
+        assert (one.parameters, one.optimizer) == (parameters, optimizer + steps)
+
+
+@pytest.mark.parametrize("words", SHARDED)
+def test_gradients_are_exact(words: str) -> None:
+    assert simulated(words).gradients == planned(words)[1]
+
+
+@pytest.mark.parametrize("words", ["pp=2,fsdp=2,microbatches=4", "pp=2,fsdp=2,tp=2,sp,microbatches=2"])
+def test_gradients_that_wait_for_the_last_micro_batch_are_counted_whole(words: str) -> None:
+    """The fullest moment also has the buffer of a stage's first reduction."""
+    waiting, planned_bytes = simulated(words).waiting_gradients, planned(words)[1]
+    assert planned_bytes <= waiting <= planned_bytes * (1 + 2 / SIZE["layers"])
+
+
+KEPT = ["", "tp=2", "tp=4,sp", "fsdp=2", "fsdp=2,tp=2,sp", *STAGED, *POLICIES]
+
+
+@pytest.mark.parametrize("words", [*KEPT, *(f"{words},precision=bf16" for words in KEPT[1::3])])
+def test_what_a_block_keeps_is_within_two_hundredths(words: str) -> None:
+    one = simulated(words)
+    # The last block of the first rank: what is made for all blocks, such as rotary tables, is there by then.
+    kept = list(one.kept_per_block.values())[-1]
+    assert kept == pytest.approx(planned(words)[3], rel=0.02)
+
+
+def planned_sizes(words: str, kind: str) -> set[float]:
+    """Bytes of every collective of a kind that the planner puts a time to."""
+    layout, sizes, timed = ParallelLayout.parse(words), set(), cost.CostModel.collective
+
+    def noted(self: Any, name: str, size: Any, *more: Any) -> Any:
+        if name == kind:
+            sizes.add(float(np.asarray(size).flat[0]))
+        return timed(self, name, size, *more)
+
+    software = load_software("native").with_precision("bf16")
+    work = Workload(global_batch=B, sequence=S)
+    with patch.object(cost.CostModel, "collective", noted):
+        Planner(Model("small", get_shape("llama", **SIZE)), Cluster.parse("h100:2"), work, software).estimate(layout)
+    return sizes
+
+
+OF_BLOCKS = 4 * SIZE["layers"] + 2  # each way around attention and feed-forward, and at embedding and head
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "axis", "planned_kind", "count", "outside"),
+    [
+        ("tp=2", "all_reduce", "tp", "allreduce", OF_BLOCKS, 8),
+        ("tp=2,sp", "reduce_scatter", "tp", "reducescatter", OF_BLOCKS, 0),
+        ("fsdp=2", "reduce_scatter", "fsdp", "reducescatter", SIZE["layers"], 4 * (2 * 256 + 1) * 128),
+        ("pp=2,microbatches=4", "send", "pp", "p2p", 4, 0),
+    ],
+)
+def test_sizes_of_collectives_are_those_sent(
+    words: str, kind: str, axis: str, planned_kind: str, count: int, outside: int
+) -> None:
+    """`outside`: bytes that are not of blocks: loss and norm, tables and last norm."""
+    words = f"{words},precision=bf16"
+    each = (simulated(words).sent(kind, axis).bytes - outside) / count
+    assert each in planned_sizes(words, planned_kind)
