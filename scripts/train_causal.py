@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # started as a file: then scripts/ is on the path
 from fms_parallel.cli import assignments, run
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.training.options import TrainOptions
-from scripts import common
+from scripts import automatic, changing, common
 
 if TYPE_CHECKING:
     from fms_parallel.tokenizers import Tokenizer
@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     training = common.add_training_flags(parser)
     training.add_argument("--sample_prompt", default="def ", help="what the sample continues (default: %(default)r)")
     training.add_argument("--sample_tokens", type=int, default=48, help="length of the sample (default: %(default)s)")
+    changing.add_flags(parser)
     return parser
 
 
@@ -42,11 +43,12 @@ def main() -> int:
     """Check the command, then train."""
     args = build_parser().parse_args()
     options, layout = common.read_options(args), common.read_layout(args)
+    changing.check(args)
     return train_with(args, options, layout, assignments(args.override, "--override"))
 
 
 def train_with(
-    args: argparse.Namespace, options: TrainOptions, layout: ParallelLayout, overrides: dict[str, Any]
+    args: argparse.Namespace, options: TrainOptions, asked: ParallelLayout | None, overrides: dict[str, Any]
 ) -> int:
     """Everything that needs torch."""
     import torch
@@ -57,10 +59,15 @@ def train_with(
     from fms_parallel.training import train
 
     config = get_config(args.architecture, args.variant, args.model_path, **overrides)
+    options, layout, planned = automatic.settle(args, options, asked, config)
     common.check_request(args, config, layout)
     torch.use_deterministic_algorithms(args.deterministic)
+    if args.elastic:
+        return changing.run_elastic(args, options, layout, overrides)
+    layouts = changing.read_schedule(args, config, layout)
     with process_group(args.device_type, args.timeout) as launch:
         log_to_stderr(logging.INFO, launch.rank)
+        automatic.agree(planned, layout, launch)
         tokenizer, rows = common.read_corpus_rows(args, options, launch)
         training, validation = common.held_out(args, options, rows)
         overrides = fit_vocabulary(args, overrides, tokenizer)
@@ -77,7 +84,7 @@ def train_with(
         )
         progress = None
         if launch.rank == 0:
-            common.write_run(args, options, layout, model)
+            common.write_run(args, options, layout, model, **planned)
             progress = common.Progress(options, layout, model, args, launch)
         outcome = train(
             model,
@@ -86,6 +93,7 @@ def train_with(
             options=options,
             on_step=progress,
             sample=sampler(tokenizer, args) if options.sample_steps else None,
+            between_steps=changing.switches(layouts, changing.model_factory(args, options, overrides)),
         )
         if launch.rank == 0:
             common.finish(options, outcome)

@@ -27,7 +27,7 @@ from fms_parallel.cli import assignments, run
 from fms_parallel.errors import ConfigError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.training.options import TrainOptions
-from scripts import common
+from scripts import automatic, common
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,7 +90,7 @@ class Plan:
 
 
 def train_with(
-    args: argparse.Namespace, options: TrainOptions, layout: ParallelLayout, overrides: dict[str, Any]
+    args: argparse.Namespace, options: TrainOptions, asked: ParallelLayout | None, overrides: dict[str, Any]
 ) -> int:
     """Everything that needs torch."""
     import torch
@@ -102,10 +102,12 @@ def train_with(
 
     args.architecture = args.architecture or TASKS[args.task]
     _, config = find(args, overrides)
+    options, layout, planned = automatic.settle(args, options, asked, config)
     common.check_request(args, config, layout)
     torch.use_deterministic_algorithms(args.deterministic)
     with process_group(args.device_type, args.timeout) as launch:
         log_to_stderr(logging.INFO, launch.rank)
+        automatic.agree(planned, layout, launch)
         plan = PLANS[args.task](args, options, launch, overrides)
         files = {"variant": args.variant, "model_path": args.model_path, "source": args.checkpoint_format}
         model = get_model(
@@ -120,7 +122,7 @@ def train_with(
         )
         progress = None
         if launch.rank == 0:
-            common.write_run(args, options, layout, model, task=args.task, labels=plan.labels)
+            common.write_run(args, options, layout, model, task=args.task, labels=plan.labels, **planned)
             progress = common.Progress(options, layout, model, args, launch)
         outcome = train(model, plan.training, validation=plan.validation, options=options, on_step=progress)
         right = None if plan.validation is None or outcome.interrupted else accuracy(model, plan.validation, options)

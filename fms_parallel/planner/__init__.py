@@ -16,6 +16,7 @@ _ROOMS = {
     **dict.fromkeys(("plan", "search", "Estimate", "Result", "Planner"), "api"),
     **dict.fromkeys(("Cluster", "Device", "Link", "load_devices"), "hardware"),
     **dict.fromkeys(("Model", "find_model"), "catalog"),
+    **dict.fromkeys(("choose", "machine_at_hand"), "machine"),
     "Workload": "operators",
     "Space": "space",
     "Experts": "experts",

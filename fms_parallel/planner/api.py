@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from fms_parallel.errors import ConfigError
 from fms_parallel.layout import ParallelLayout
-from fms_parallel.planner import schedule
+from fms_parallel.planner import mixed, schedule
 from fms_parallel.planner.catalog import Model, find_model
 from fms_parallel.planner.columns import Columns
 from fms_parallel.planner.cost import CostModel, Costs
 from fms_parallel.planner.efficiency import DEFAULT, Constants
-from fms_parallel.planner.hardware import GIB, Cluster
+from fms_parallel.planner.hardware import GIB, Cluster, Device
 from fms_parallel.planner.operators import Workload
 from fms_parallel.planner.simulate import Stages
 from fms_parallel.planner.software import Software, load_software
@@ -103,13 +103,17 @@ class Result:
 
 @dataclass(frozen=True)
 class Planner:
-    """A cost model for one model on one cluster, with what turns its columns into estimates."""
+    """A cost model for one model on one cluster, with what turns its columns into estimates.
+
+    `constants` are those of the cluster's slowest mixture; `base` those before any device's own.
+    """
 
     model: Model
     cluster: Cluster
     workload: Workload
     software: Software
     constants: Constants = DEFAULT
+    base: Constants = DEFAULT
 
     @classmethod
     def of(
@@ -124,8 +128,12 @@ class Planner:
         model = find_model(model) if isinstance(model, str) else model
         cluster = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
         software = load_software(software) if isinstance(software, str) else software
-        constants = constants.having(cluster.device.constants)
-        return cls(model, cluster, workload, software.with_precision(workload.precision), constants)
+        own = constants.having(cluster.device.constants)
+        return cls(model, cluster, workload, software.with_precision(workload.precision), own, constants)
+
+    def constants_of(self, device: Device) -> Constants:
+        """The constants of one kind of device of the cluster."""
+        return self.base.having(device.constants)
 
     @property
     def costs(self) -> CostModel:
@@ -144,7 +152,7 @@ class Planner:
         used = float(costs.memory.total[row])
         flops = self.model.flops_per_token(workload.sequence) * workload.global_batch * workload.sequence
         return Estimate(
-            layout=columns.layout(row, _layout_precision(workload.precision), self._split(columns, costs, row)),
+            layout=columns.layout(row, layout_precision(workload.precision), self._split(columns, costs, row)),
             micro_batch=int(columns.micro[row]),
             micro_batches=int(columns.count[row]),
             step_time_s=seconds,
@@ -171,6 +179,8 @@ class Planner:
         """Seconds of every stage of a layout, for the event simulator."""
         layout.validate(self.model.shape)
         columns = Columns.of_layout(layout, self.workload.global_batch)
+        if layout.stage_split is not None and (found := mixed.stages(self, columns, layout.stage_split)) is not None:
+            return found
         pieces = self.costs.pieces(columns)
         count = layout.pp * layout.virtual_stages
         split = layout.stage_split
@@ -193,20 +203,24 @@ class Planner:
         """
         layout.validate(self.model.shape)
         share = self.workload.global_batch // layout.data_parallel
-        if self.workload.global_batch % (layout.data_parallel * layout.microbatches):
+        pieces = layout.data_parallel * layout.pieces
+        if self.workload.global_batch % pieces:
             raise ConfigError(
                 f"{self.workload.global_batch} sequences do not divide over {layout.data_parallel} replicas with "
-                f"{layout.microbatches} micro-batches each: use a multiple of "
-                f"{layout.data_parallel * layout.microbatches}."
+                f"{layout.pieces} micro-batches each: use a multiple of {pieces}."
             )
         columns = Columns.of_layout(layout, self.workload.global_batch)
         if layout.pp == 1 and micro_batch is not None:
             columns = columns.with_(micro=np.array([micro_batch]), count=np.array([share // micro_batch]))
+        found = mixed.estimate(self, columns, layout.stage_split)
+        if found is not None:
+            return found
         found = self._estimate(columns, self.costs.evaluate(columns), 0)
         return found if layout.stage_split is None else replace(found, layout=layout)
 
 
-def _layout_precision(precision: str) -> str:
+def layout_precision(precision: str) -> str:
+    """The precision that a layout has a word for."""
     return "bf16" if precision == "fp8" else precision
 
 
@@ -263,6 +277,9 @@ def search_with(planner: Planner, space: Space, top: int, step_limit: float | No
         _note(counts, examples, TOO_SLOW, part, slow)
         order = fits[np.argsort(seconds[fits], kind="stable")[:top]]
         best += [(e.step_time_s, e) for e in planner.estimates(part, costs, order)]
+    if len(planner.cluster.groups) > 1:
+        most = step_limit or np.inf
+        best += [(e.step_time_s, e) for e in mixed.estimates(planner, columns, top) if e.step_time_s <= most]
     best.sort(key=lambda pair: pair[0])
     results = [estimate for _, estimate in best[:top]]
     spent = time.perf_counter() - began

@@ -46,6 +46,12 @@ class Model:
     shape: ModelShape
     experts: Experts | None = None
 
+    @classmethod
+    def of(cls, name: str, shape: ModelShape) -> Model:
+        """A model of this shape, with the experts that the shape has."""
+        experts = Experts(shape.experts, shape.experts_used, shape.ffn_width) if shape.experts > 1 else None
+        return cls(name, shape, experts)
+
     def parameters(self) -> int:
         """Unique parameters, experts counted whole."""
         if self.experts is None:
@@ -75,9 +81,7 @@ def find_model(name: str) -> Model:
         return _from_table(name, own[name], "models.json")
     registered = _registered(name)
     if name in registered:
-        shape = registered[name]
-        experts = Experts(shape.experts, shape.experts_used, shape.ffn_width) if shape.experts > 1 else None
-        return Model(name, shape, experts)
+        return Model.of(name, registered[name])
     raise ConfigError(unknown("model", name, {*own, *registered}) + " A JSON file with the sizes works, too.")
 
 

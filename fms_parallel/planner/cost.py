@@ -88,25 +88,25 @@ class CostModel:
 
     def evaluate(self, columns: Columns) -> Costs:
         """Costs of every layout in `columns`."""
+        return self.step(columns).costs()
+
+    def step(self, columns: Columns) -> Step:
+        """What blocks and ends of every layout in `columns` take."""
         inner, back = _unique(columns)
-        block = _Block.of(self, inner).spread(back)
-        ends = _Ends.of(self, inner).spread(back)
-        return _Step(self, columns, block, ends).costs()
+        return Step(self, columns, _Block.of(self, inner).spread(back), _Ends.of(self, inner).spread(back))
 
     def pieces(self, columns: Columns) -> dict[str, float]:
         """Seconds of one micro-batch on one block, on the ends, and from stage to stage, for the first row.
 
         Backward includes recomputation; `weight` is the part of it that makes weight gradients.
         """
-        inner, back = _unique(columns)
-        step = _Step(self, columns, _Block.of(self, inner).spread(back), _Ends.of(self, inner).spread(back))
+        step = self.step(columns)
         block, again = step.block, step.again()
-        repeated = columns.recompute == 2
-        backward = block.backward + again + block.tp * np.where(repeated, 2.0, 1.0) + block.cp_backward + block.ep
+        backward = block.backward + again + block.tp * (1.0 + step.repeated()) + block.cp_backward + block.ep
         hops = 2 * (columns.count * columns.virtual * (not self.software.overlap_pp) + columns.pp - 1)
         found = {
             "forward": block.forward + block.tp + block.cp_forward + block.ep,
-            "backward": backward + np.where(repeated, block.cp_forward, 0.0),
+            "backward": backward + step.whole_again() * block.cp_forward,
             "weight": block.backward / 2,
             "hop": step.hop() / np.maximum(hops, 1),
             **{f.name: getattr(step.ends, f.name) for f in fields(step.ends)},
@@ -147,6 +147,7 @@ class _Block:
     backward: Array
     core: Array
     matmuls: Array
+    last: Array
     tp: Array
     cp_forward: Array
     cp_backward: Array
@@ -157,9 +158,9 @@ class _Block:
         """Per distinct (tp, cp, sp, micro)."""
         seconds: Seconds = model.time_source.total(model.block_operators(columns))
         cp_forward, cp_backward = _context(model, columns, seconds)
-        parts = (seconds.forward, seconds.backward, seconds.core, seconds.matmuls, _tensor(model, columns))
+        parts = (seconds.forward, seconds.backward, seconds.core, seconds.matmuls, seconds.last)
         shape = columns.tp.shape
-        every = (*parts, cp_forward, cp_backward, _expert(model, columns))
+        every = (*parts, _tensor(model, columns), cp_forward, cp_backward, _expert(model, columns))
         return cls(*(np.broadcast_to(np.asarray(part, dtype=float), shape) for part in every))
 
     def spread(self, back: Array) -> _Block:
@@ -173,7 +174,7 @@ def _tensor(model: CostModel, columns: Columns) -> Array:
     group = Group.of(columns.tp, 1, model.device.per_node)
     halves = model.collective("allgather", size, group) + model.collective("reducescatter", size, group)
     whole = model.collective("allreduce", size, group)
-    return 2 * np.where(columns.sp == 1, halves, whole) * (1 - model.software.overlap_tp)
+    return 2 * np.where(columns.sp == 1, halves, whole) * (1 - model.software.overlap_tp * model.constants.overlap)
 
 
 def _context(model: CostModel, columns: Columns, seconds: Seconds) -> tuple[Array, Array]:
@@ -183,7 +184,7 @@ def _context(model: CostModel, columns: Columns, seconds: Seconds) -> tuple[Arra
     size = tokens_of(columns, model.workload.sequence) * kv * model.software.working_bytes
     group = Group.of(columns.cp, columns.tp, model.device.per_node)
     step = model.collective("p2p", size, group)
-    hidden = seconds.core / np.maximum(columns.cp, 1)
+    hidden = model.constants.overlap * seconds.core / np.maximum(columns.cp, 1)
     pieces = model.constants.ring * np.log2(columns.cp) * seconds.core
     forward = (columns.cp - 1) * np.maximum(step - hidden, 0.0) + pieces
     backward = (columns.cp - 1) * np.maximum(2 * step - 2.5 * hidden, 0.0) + 2.5 * pieces
@@ -225,7 +226,7 @@ class _Ends:
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """One whole step of every layout."""
 
     model: CostModel
@@ -237,12 +238,16 @@ class _Step:
         """Times and memory."""
         c, model = self.columns, self.model
         again = self.again()
-        one = self.block.forward + self.block.backward + again + self.talk()
+        one = self.one()
         head = (self.ends.head_forward + self.ends.head_backward) / one
         stages = schedule.blocks_of_stages(model.shape.layers, c, head if model.uneven else 0.0)
         rank, final = schedule.blocks_of_ranks(c, *stages)
         peak = memory.peak(model.shape, c, model.workload.sequence, model.software, model.experts, (rank, final))
         return Costs(self.times(rank, final, again), peak, *stages)
+
+    def one(self) -> Array:
+        """Seconds of one block and micro-batch, forward and backward with everything in between."""
+        return self.block.forward + self.block.backward + self.again() + self.talk()
 
     def again(self) -> Array:
         """Seconds of one block's recomputation, without what it exchanges."""
@@ -251,19 +256,33 @@ class _Step:
             "memory": self.block.forward - self.block.matmuls,
             "half": self.block.forward - self.block.matmuls / 2,
         }[self.model.software.selective]
-        return np.choose(self.columns.recompute, [np.zeros_like(partly), np.maximum(partly, 0.0), self.block.forward])
+        fully = self.block.forward - (self.block.last if self.model.software.early_stop else 0.0)
+        fully = fully * self.whole_again()
+        return np.choose(self.columns.recompute, [np.zeros_like(partly), np.maximum(partly, 0.0), fully])
 
     def talk(self) -> Array:
         """Seconds that one block waits for tp, cp and ep in forward, backward and recomputed forward."""
         return self.tensor_talk() + self.context_talk() + 2 * self.block.ep
 
     def tensor_talk(self) -> Array:
-        """tp: one pass forward, one backward, one for full recomputation; gathering inputs again hides."""
-        return self.block.tp * np.where(self.columns.recompute == 2, 3.0, 2.0)
+        """tp: one pass forward, one backward, and what recomputation repeats."""
+        return self.block.tp * (2.0 + self.repeated())
+
+    def repeated(self) -> Array:
+        """Part of a forward pass's exchanges within tp that the backward pass repeats; an early stop spares one."""
+        software = self.model.software
+        fully = self.whole_again() * (0.75 if software.early_stop else 1.0)
+        return np.choose(self.columns.recompute, [0.0, software.selective_talk, fully])
 
     def context_talk(self) -> Array:
-        """cp: forward, backward, and forward again under full recomputation."""
-        return self.block.cp_forward * np.where(self.columns.recompute == 2, 2.0, 1.0) + self.block.cp_backward
+        """cp: forward, backward, and forward again where a block is recomputed whole."""
+        return self.block.cp_forward * (1.0 + self.whole_again()) + self.block.cp_backward
+
+    def whole_again(self) -> Array:
+        """How often a block is recomputed whole, on average over blocks."""
+        c = self.columns
+        times = np.where((c.pp > 1) & np.isin(c.schedule, schedule.SPLITS), schedule.AGAIN, 1.0)
+        return np.where(c.recompute == 2, times * c.recomputed(self.model.shape.layers), 0.0)
 
     def times(self, rank: Array, final: Array, again: Array) -> Times:
         """Seconds by purpose. The slowest rank decides each micro-batch: a full one or the last one with the head."""
@@ -294,7 +313,7 @@ class _Step:
             fsdp=fsdp,
             dp=self.replicas(rank, plain),
             pp=hop,
-            bubble=idle,
+            bubble=idle * self.model.constants.idle,
             optimizer=optimizer,
             other=zero + self.model.constants.step_us * 1e-6 + c.count * micro_us * 1e-6,
         )
@@ -332,8 +351,9 @@ class _Step:
         size = self.block_parameters()
         gather = model.collective("allgather", size * model.software.working_bytes, group)
         reduce = model.collective("reducescatter", size * model.software.reduce_bytes, group)
-        forward = self.block.forward + self.block.tp + self.block.cp_forward
-        backward = self.block.backward + again + self.block.tp + self.block.cp_backward
+        overlap = model.constants.overlap
+        forward = overlap * (self.block.forward + self.block.tp + self.block.cp_forward)
+        backward = overlap * (self.block.backward + again + self.block.tp + self.block.cp_backward)
         once = np.maximum(gather - forward, 0.0) + np.maximum(gather - backward, 0.0)
         ending = np.maximum(gather + reduce - backward, 0.0) - np.maximum(gather - backward, 0.0)
         tables = 2 * gather / np.maximum(size, 1) * self.rank_parameters(np.zeros_like(rank))
@@ -353,15 +373,14 @@ class _Step:
         whole = np.where(
             sharded, gather + scatter, model.collective("allreduce", size * model.software.reduce_bytes, group)
         )
-        hidden = np.minimum(whole * model.software.overlap_dp, rank * plain * 2 / 3)
+        overlap = model.software.overlap_dp * model.constants.overlap
+        hidden = np.minimum(whole * overlap, rank * plain * 2 / 3)
         # Ranks of a cp group hold the same parameters and see other tokens: their gradients are added, too.
         context = Group.of(c.cp, c.tp, model.device.per_node)
         extra = np.where(
             shards > c.fsdp, 0.0, model.collective("allreduce", size * model.software.reduce_bytes, context)
         )
-        return np.where(c.dp > 1, whole - hidden, 0.0) + np.where(
-            c.cp > 1, extra * (1 - model.software.overlap_dp), 0.0
-        )
+        return np.where(c.dp > 1, whole - hidden, 0.0) + np.where(c.cp > 1, extra * (1 - overlap), 0.0)
 
     def optimizer(self, rank: Array) -> Array:
         """Seconds of reading gradients and reading and writing parameters and state, at memory or host speed."""

@@ -1,10 +1,11 @@
 """How much of a device's peak real kernels reach, as one formula per kind of work with few constants.
 
 It knows kernels; it knows nothing of layouts. The constants are fitted by `calibrate`, or those of `DEFAULT`: what
-A100 kernels are known to reach, chosen before anything was scored. Attention and sustained rates of H100, `ring` and
-`fp8` were chosen on torchtitan's tables of December 2024; no constant was fitted to vTrain's rows or Megatron's tables.
+A100 kernels are known to reach, chosen before anything was scored; `wave` follows from the number of cores. Attention
+and sustained rates of H100, `ring` and `fp8` were chosen on torchtitan's tables of December 2024; no constant was
+fitted to vTrain's rows or Megatron's tables.
 
-    matrix product   flops / (peak * best * m/(m + h) * n/(n + h) * k/(k + h))
+    matrix product   flops / (peak * best * area/(area + wave) * k/(k + half)),  area = m * n
     memory           bytes / (bandwidth * stream)
     any kernel       at least `kernel`; and a pass at least `launches * host`, for the host that starts its kernels
 """
@@ -28,18 +29,23 @@ class Constants:
     """The numbers of the formulas above.
 
     Attributes:
-        best: part of the peak that a large matrix product reaches. half: m, n and k at which it reaches half of that
-            each. attention: part of the peak inside fused attention. stream: part of the memory bandwidth.
+        best: part of the peak that a large matrix product reaches. half: k at which it reaches half of that. wave: what
+            the last, partly idle wave of a product wastes, in elements of its result: half of what all cores of the
+            device make at once in tiles of 128 x 256. Kernels with smaller tiles (`TILES`) waste less and are slower.
+            attention: part of the peak inside fused attention. stream: part of the memory bandwidth.
         fp8: part of the fp8 peak that casts and scales leave. ring: attention in a ring of cp ranks takes
             1 + ring * log2(cp) times as long, for its shorter pieces.
         kernel_us: least time of one kernel. host_us: time of the host to start one kernel, forward pass.
         host_backward: the same in the backward pass, as a multiple (no Python between its kernels).
         micro_us: fixed time of one micro-batch on one stage. step_us: fixed time of one step.
+        idle: part of a pipeline's idle time that is lost; ranks that share cores leave theirs to the others.
+        overlap: part of what software hides behind computation that is hidden; none where processors move the bytes.
         network: factor on every collective's time; inner: factor on those inside a node, on top.
     """
 
     best: float = 0.82
     half: float = 96.0
+    wave: float = 0.5 * 108 * 128 * 256
     attention: float = 0.5
     stream: float = 0.82
     fp8: float = 0.78
@@ -49,6 +55,8 @@ class Constants:
     host_backward: float = 0.7
     micro_us: float = 0.0
     step_us: float = 2000.0
+    idle: float = 1.0
+    overlap: float = 1.0
     network: float = 1.0
     inner: float = 1.0
 
@@ -67,11 +75,15 @@ class Constants:
 
 DEFAULT = Constants()
 
+TILES = ((1.0, 1.0), (0.5, 0.92), (0.125, 0.72))
+"""Size of a kernel's tile as a part of the largest, and its speed: 128 x 256, 128 x 128, 64 x 64."""
+
 
 def matmul_efficiency(m: Array, n: Array, k: Array, constants: Constants) -> Array:
     """Part of the peak that an (m, k) x (k, n) product reaches."""
-    half = constants.half
-    return constants.best * (m / (m + half)) * (n / (n + half)) * (k / (k + half))
+    area = m * n
+    filled = [speed * area / (area + constants.wave * size) for size, speed in TILES if constants.wave or size == 1]
+    return constants.best * np.maximum.reduce(filled) * (k / (k + constants.half))
 
 
 def as_arrays(*values: Any) -> tuple[Array, ...]:

@@ -22,6 +22,7 @@ Array = NDArray[Any]
 PRIOR: Mapping[str, float] = {
     "best": 0.15,
     "half": 0.4,
+    "wave": 0.5,
     "stream": 0.2,
     "kernel_us": 1.0,
     "host_us": 1.0,

@@ -17,6 +17,7 @@ from fms_parallel.layout import ParallelLayout
 from fms_parallel.planner.api import Planner
 from fms_parallel.planner.columns import Columns
 from fms_parallel.planner.hardware import GIB
+from fms_parallel.planner.memory import States
 from fms_parallel.planner.space import factorisations
 from fms_parallel.planner.topology import Group
 
@@ -65,14 +66,12 @@ def _one(planner: Planner, pp: int, tp: int, batch: int, prompt: int, generated:
     shape, device, constants = planner.model.shape, planner.cluster.device, planner.constants
     width = planner.software.working_bytes
     blocks = -(-shape.layers // pp)
-    table = shape.vocab * shape.width / tp
-    experts = planner.model.parameters() - shape.parameters()
-    block = shape.block_parameters / tp + experts / shape.layers / tp
-    weights = width * (blocks * block + 2 * table)
+    row = Columns.of([{"tp": tp, "pp": pp, "micro": batch, "count": 1}])
+    weights = width * rank_parameters(planner, row, blocks)
     length = prompt + generated
     cached = 2 * width * blocks * length * max(shape.kv_heads // tp, 1) * shape.head_width
     room = device.memory_gb * GIB - planner.software.reserve_gb * GIB - weights
-    pieces = planner.costs.pieces(Columns.of([{"tp": tp, "pp": pp, "micro": batch, "count": 1}]))
+    pieces = planner.costs.pieces(row)
     hop = pieces["hop"] * (pp - 1) / 2
     ttft = (shape.layers * pieces["forward"] + pieces["embedding_forward"] + pieces["head_forward"] / prompt) + hop
     bandwidth = device.memory_gb_s * 1e9 * constants.stream
@@ -87,3 +86,15 @@ def _one(planner: Planner, pp: int, tp: int, batch: int, prompt: int, generated:
     rate = batch / step * min(pp, batch)
     layout = ParallelLayout(pp=pp, tp=tp, microbatches=1, precision="bf16")
     return Serving(layout, batch, ttft, step, rate, weights / GIB, batch * cached / GIB, max(int(room // cached), 0))
+
+
+def rank_parameters(planner: Planner, row: Columns, blocks: int) -> float:
+    """Parameters of the fullest rank: its blocks, and the ends of the model, of which a stage has at most one."""
+    shape = planner.model.shape
+    states = States(shape, row, planner.software, planner.model.experts)
+    tp, alone = int(row.tp[0]), int(row.pp[0]) == 1
+    table = shape.vocab * shape.width / tp
+    positions = shape.max_positions * shape.width if shape.learned_positions else 0
+    head = shape.norm_parameters + table
+    ends = table + positions + (head - table * shape.tied) if alone else max(table + positions, head)
+    return float(blocks * states.block()[0] + ends)

@@ -73,5 +73,6 @@ class Measured:
             backward=sum((time[1] for _, time in times), zero),
             core=sum((time[0] for op, time in times if op.core), zero),
             matmuls=sum((time[0] for op, time in times if op.kind in (MATMUL, ATTENTION)), zero),
+            last=times[-1][1][0],
             launches=(sum(op.kernels[0] for op in ops), sum(op.kernels[1] for op in ops)),
         )

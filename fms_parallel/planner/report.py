@@ -20,7 +20,8 @@ table{border-collapse:collapse;width:100%;font-size:13px}th{cursor:pointer;backg
 td,th{padding:.25em .6em;border-bottom:1px solid #ddd;text-align:right}td:last-child,th:last-child{text-align:left}
 tr.best{background:#efe}svg{max-width:100%;height:auto}.legend span{display:inline-block;margin-right:1em}
 .legend i{display:inline-block;width:.8em;height:.8em;margin-right:.3em}code{background:#f4f4f4;padding:.2em .4em}
-pre{background:#f4f4f4;padding:.8em;overflow-x:auto}
+td code{overflow-wrap:anywhere}
+pre{background:#f4f4f4;padding:.8em;white-space:pre-wrap;overflow-wrap:anywhere}
 """
 
 SCRIPT = """

@@ -30,9 +30,11 @@ class Software:
         overlap_dp, overlap_tp: part of that communication that hides behind computation when there is enough of it.
         overlap_pp: sends and receives of a pipeline hide behind computation.
         reserve_gb: context, allocator and communication buffers. fragmentation: factor on activations.
-        shard_over_cp: fsdp shards over the ranks of cp as well.
+        shard_over_cp: fsdp shards over the ranks of cp as well: `never`, `with fsdp`, or `always`, also without fsdp.
         selective: what that recompute policy makes again: `core` the attention core (Megatron), `memory` all but matrix
             products (this library), `half` besides that every second matrix product (torchtitan).
+        early_stop: full recomputation ends before the last matrix product of a block and what it exchanges, as torch's
+            checkpoints do. selective_talk: part of a forward pass's exchanges within tp that `selective` repeats.
         gather_again: with sp, the input of a column-parallel region is gathered a second time in the backward pass.
     """
 
@@ -52,9 +54,11 @@ class Software:
     overlap_pp: bool = False
     reserve_gb: float = 2.0
     fragmentation: float = 1.0
-    shard_over_cp: bool = False
+    shard_over_cp: str = "with fsdp"
     selective: str = "memory"
     gather_again: bool = False
+    early_stop: bool = True
+    selective_talk: float = 0.75
 
     def with_precision(self, precision: str) -> Software:
         """The same habits when matrices are multiplied in `precision`."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fms_parallel.errors import ConfigError, unknown
 from fms_parallel.layout import AXES
+from fms_parallel.planner import schedule
 from fms_parallel.planner.columns import OFFLOADS, RECOMPUTE, SCHEDULES, Columns
 from fms_parallel.shape import ModelShape
 
@@ -31,7 +32,7 @@ COMPARE: Mapping[str, Callable[[Array, int], Array]] = {
     "=": np.equal,
 }
 PINNABLE = (*AXES, "virtual", "micro", "count", "zero", "sp")
-POLICIES = ("sp", "virtual", "schedule", "recompute", "offload", "zero")
+POLICIES = ("sp", "virtual", "schedule", "recompute", "every", "offload", "zero")
 WORDS = {"schedule": SCHEDULES, "recompute": RECOMPUTE, "offload": OFFLOADS}
 
 
@@ -40,9 +41,10 @@ class Space:
     """What a search may use.
 
     Attributes:
-        schedules, recompute, offloads: words of the layout. max_virtual: stages per rank of schedules that interleave.
-        max_micro: largest micro-batch. pins: words as in `tp<=8`, `pp=4`, `schedule=1f1b`. exclude: axes that stay 1,
-            or words of a policy. zero: ZeRO stages over dp; only 0 has a word in `ParallelLayout`.
+        schedules, recompute, offloads: words of the layout, `every=N` among them. max_virtual: stages per rank of
+            schedules that interleave. max_micro: largest micro-batch. pins: words as in `tp<=8`, `pp=4`.
+            exclude: axes that stay 1, or words of a policy. zero: ZeRO stages over dp; only 0 has a word in
+            `ParallelLayout`.
     """
 
     schedules: Sequence[str] = ("1f1b", "interleaved1f1b", "zbv")
@@ -120,7 +122,7 @@ def _policies(space: Space) -> Array:
         pipelines.append((1, 0))  # pp = 1 needs it; rejected by a rule of its own where pp > 1
     return np.array(
         [
-            (sp, v, code, RECOMPUTE.index(policy), OFFLOADS.index(offload), zero)
+            (sp, v, code, *_recompute(policy), OFFLOADS.index(offload), zero)
             for sp in (0, 1)
             for v, code in pipelines
             for policy in space.recompute
@@ -129,6 +131,16 @@ def _policies(space: Space) -> Array:
         ],
         dtype=np.int64,
     )
+
+
+def _recompute(policy: str) -> tuple[int, int]:
+    """`every=4` -> (index of full, 4); a word alone is for every block."""
+    word, _, number = policy.partition("=")
+    if word == "every" and number.isdecimal() and int(number) > 1:
+        return RECOMPUTE.index("full"), int(number)
+    if policy not in RECOMPUTE:
+        raise ConfigError(unknown("recompute policy", policy, (*RECOMPUTE, "every=N")))
+    return RECOMPUTE.index(policy), 1
 
 
 def _micro_batches(replicas: Array, global_batch: int, largest: int | None) -> Array:
@@ -159,7 +171,11 @@ def rejections(columns: Columns, shape: ModelShape, sequence: int, space: Space)
         f"more stages than {shape.layers} blocks": stages > shape.layers,
         f"sequence {sequence} does not divide into 2 * cp pieces": (c.cp > 1) & (sequence % (2 * c.cp) != 0),
         "interleaving needs micro-batches in multiples of pp": interleaves & (c.count % c.pp != 0),
-        "fewer micro-batches than stages leave ranks idle": (c.pp > 1) & (c.count < c.pp),
+        "fewer micro-batches than stages leave ranks idle": (c.pp > 1)
+        & (c.count < np.where(np.isin(c.schedule, schedule.FILLS), stages, c.pp)),
+        "selective keeps results for one backward pass, the schedule makes two": (c.pp > 1)
+        & np.isin(c.schedule, schedule.SPLITS)
+        & (c.recompute == RECOMPUTE.index("selective")),
     }
     for pin in space.pins:
         rules[f"pin {pin}"] = ~_obeys(columns, pin)
@@ -194,6 +210,7 @@ def _uses(columns: Columns, word: str) -> Array:
         return columns.sp == 1
     for name, words in WORDS.items():
         if word in words and word != "none":
-            return np.asarray(getattr(columns, name) == words.index(word)) & ((name != "schedule") | (columns.pp > 1))
+            used = np.asarray(getattr(columns, name) == words.index(word))
+            return used & ((name != "schedule") | (columns.pp > 1)) & ((word != "full") | (columns.every == 1))
     known = [*AXES, "sp", *(w for words in WORDS.values() for w in words if w != "none")]
     raise ConfigError(f"--exclude: {unknown('word', word, known)}")

@@ -23,14 +23,15 @@ Array = NDArray[Any]
 class Seconds:
     """One operator or a list of them: forward and backward pass, and of the forward pass its parts.
 
-    `core` is the attention core, `matmuls` all matrix products and attention; `launches` counts kernels (forward,
-    backward), of which the host starts one after another.
+    `core` is the attention core, `matmuls` all matrix products and attention, `last` the last operator; `launches`
+    counts kernels (forward, backward), of which the host starts one after another.
     """
 
     forward: Array
     backward: Array
     core: Array
     matmuls: Array
+    last: Array
     launches: tuple[int, int]
 
 
@@ -88,5 +89,6 @@ class Roofline:
             ),
             core=sum((time[0] for op, time in pairs if op.core), zero),
             matmuls=sum((time[0] for op, time in pairs if op.kind in (MATMUL, ATTENTION)), zero),
+            last=times[-1][0],
             launches=launches,
         )

@@ -22,6 +22,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from fms_parallel import compat
 from fms_parallel.distributed.collectives import MEANS
+from fms_parallel.modules.added_embedding import AddedEmbedding
+from fms_parallel.modules.embedding import Embedding
 from fms_parallel.modules.tp import TPModule, own_parameters, twin_of
 from fms_parallel.strategy.base import Strategy, repeated_blocks
 
@@ -31,6 +33,9 @@ POLICIES = {
     "bf16": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
 }
 """bf16: matrices multiply in bf16, gradients are reduced in fp32, parameters and optimizer stay fp32."""
+
+LOOKED_UP = (Embedding, AddedEmbedding, nn.Embedding)
+"""Modules whose backward pass reads no parameter: it need not be gathered again."""
 
 
 class FullyShardStrategy(Strategy):
@@ -63,6 +68,8 @@ class FullyShardStrategy(Strategy):
                 offload_policy=self.offload,
                 reshard_after_forward=self.free_after_forward and not is_last,
             )
+            if all(isinstance(module, LOOKED_UP) for module in group):
+                group[0].set_unshard_in_backward(False)  # type: ignore[operator]
             if cheaper is not None:
                 compat.set_fsdp_collectives(group[0], cheaper.all_gather, cheaper.reduce_scatter)
 

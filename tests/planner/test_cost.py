@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -12,8 +12,10 @@ from fms_parallel.planner import Workload
 from fms_parallel.planner.api import Planner
 from fms_parallel.planner.columns import Columns
 from fms_parallel.planner.cost import CostModel
+from fms_parallel.planner.efficiency import DEFAULT, matmul_efficiency
 from fms_parallel.planner.hardware import GIB, load_devices
 from fms_parallel.planner.measured import gpt
+from fms_parallel.planner.memory import activation_bytes_per_token
 from fms_parallel.planner.schedule import blocks_of_stages, stage_split
 from fms_parallel.planner.simulate import makespan, simulate
 from fms_parallel.planner.software import load_software
@@ -118,8 +120,6 @@ def test_activations_match_the_shape_modules_count(tp: int, sp: bool) -> None:
 
 def test_korthikanti_activations_are_34_plus_scores() -> None:
     """Table 2 of arXiv 2205.05198: s b h (34 + 5 a s / h) without parallelism, and its tp and sp forms."""
-    from fms_parallel.planner.memory import activation_bytes_per_token
-
     shape, s = gpt(6144, 48, 64, 2048), 2048
     rows = [{}, {"tp": 8}, {"tp": 8, "sp": 1}, {"tp": 8, "sp": 1, "recompute": 1}, {"tp": 8, "sp": 1, "recompute": 2}]
     found = activation_bytes_per_token(shape, Columns.of(rows), s, load_software("megatron-2022")) / 6144
@@ -150,3 +150,45 @@ def test_korthikanti_step_times_within_six_percent(
     )
     assert costs.times.total.tolist() == pytest.approx([full, selective], rel=0.06)
     assert (costs.memory.total < 80 * GIB).all()
+
+
+def test_a_product_loses_half_a_wave_of_its_tiles() -> None:
+    """A100: 108 cores times a tile of 128 x 256 is a wave; half of one is lost on average, less with smaller tiles."""
+    constants = DEFAULT.having({"best": 1.0, "half": 0.0})
+    half_wave = 108 * 128 * 256 / 2
+    assert constants.wave == half_wave
+    large, small = np.array(1e5), np.array(1e3)
+    many = matmul_efficiency(large, large, large, constants)
+    assert many == pytest.approx(1 / (1 + half_wave / 1e10), rel=1e-12)
+    few = matmul_efficiency(small, small, large, constants)
+    assert few == pytest.approx(0.72 / (1 + half_wave / 8 / 1e6), rel=1e-12)
+    assert matmul_efficiency(small, small, small, DEFAULT.having({"best": 1.0, "half": 0.0, "wave": 0.0})) == 1
+
+
+@pytest.mark.parametrize(("every", "blocks"), [(1, 12), (2, 6), (5, 3), (12, 1)])
+def test_every_nth_block_is_recomputed_and_kept_as_such(every: int, blocks: int) -> None:
+    rows = [{"micro": 2}, {"micro": 2, "recompute": 2}, {"micro": 2, "recompute": 2, "every": every}]
+    costs = model().evaluate(Columns.of(rows))
+    none, full, some = costs.times.recompute
+    assert none == 0 and some == pytest.approx(full * blocks / 12, rel=1e-12)
+    kept = costs.memory.activations
+    # A recomputed block keeps its input; the others keep everything, which recomputing holds once besides.
+    token = activation_bytes_per_token(LLAMA, Columns.of(rows[:2]), 2048, load_software("native")) * 2 * 2048
+    assert token[1] == 2 * 2048 * LLAMA.width * 2
+    assert kept[1] - kept[0] == pytest.approx(token[0] - 12 * (token[0] - token[1]), rel=1e-9)
+    assert kept[2] - kept[1] == pytest.approx((12 - blocks) * (token[0] - token[1]), rel=1e-9)
+
+
+def test_torchs_checkpoint_spares_the_last_product_and_its_exchange() -> None:
+    row = Columns.of([{"micro": 2, "tp": 4, "sp": 1, "recompute": 2}])
+    early, whole = load_software("native"), replace(load_software("native"), early_stop=False)
+    steps = [replace(model(), software=software).step(row) for software in (early, whole)]
+    assert float((steps[1].again() - steps[0].again())[0]) == pytest.approx(float(steps[0].block.last[0]), rel=1e-9)
+    assert float(steps[0].tensor_talk()[0] / steps[1].tensor_talk()[0]) == pytest.approx(2.75 / 3, rel=1e-12)
+
+
+def test_fsdp_shards_over_context_parallel_ranks_too() -> None:
+    """As `shard_mesh` does: with fsdp parameters are cut over fsdp * cp, without it every cp rank has them whole."""
+    memory = model().evaluate(Columns.of([{}, {"cp": 4}, {"fsdp": 2, "cp": 4}, {"fsdp": 8}])).memory
+    assert memory.parameters[0] == memory.parameters[1]
+    assert memory.parameters[2] == memory.parameters[3] == memory.parameters[0] / 8

@@ -152,6 +152,27 @@ def test_json_lines_in_a_file_are_started_anew(tmp_path: Path) -> None:
     assert len(lines) == 54 and lines[0]["type"] == "meta"
 
 
+def test_the_originals_output_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, log = tmp_path / "a.csv", tmp_path / "a.log"
+    small = ("--gpus", "A40", "8", "--gpu-per-node", "8", "--gbs", "32")
+    words = ["search", "--compat", "fasop", *small, "--add-exp-name", "second", "--verbose"]
+    assert main([*words, "--csv", str(table), "--log-file", str(log), "--make-pareto"]) == 0
+    shown = capsys.readouterr()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a_second.csv", "a_second.log", "a_second.png"]
+    written = (tmp_path / "a_second.log").read_text()
+    assert sorted(written.splitlines()) == sorted((shown.out + shown.err).splitlines())
+    main(
+        ["search", "--compat", "fasop", "--only-make-pareto", str(tmp_path / "a_second.csv"), "--add-exp-name", "again"]
+    )
+    assert (tmp_path / "a_second_again.png").stat().st_size > 1000
+    assert main([*words, "--no-save-csv"]) == 0
+    assert len(list(tmp_path.iterdir())) == 4
+    with pytest.raises(ConfigError, match=r"--no-save-csv and --csv .* contradict"):
+        main([*words, "--csv", str(table), "--no-save-csv"])
+    with pytest.raises(ConfigError, match="--make-pareto has no place to write to"):
+        main([*words, "--make-pareto"])
+
+
 def test_verbose_traces_each_partition(capsys: pytest.CaptureFixture[str]) -> None:
     main(["search", "--compat", "fasop", "--gpus", "A40", "4", "--gbs", "32", "--verbose"])
     trace = capsys.readouterr().err.splitlines()

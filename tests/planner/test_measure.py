@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fms_parallel.planner import Cluster, Workload, load_devices, plan
+from fms_parallel.layout import ParallelLayout
+from fms_parallel.planner import Cluster, Planner, Workload, load_devices, plan
 from fms_parallel.planner.cli import main
 from fms_parallel.planner.measure import COLLECTIVES, MATMULS, STREAM, device_of, predicted_block
 
@@ -16,7 +17,7 @@ from fms_parallel.planner.measure import COLLECTIVES, MATMULS, STREAM, device_of
 def made_up(ranks: int, rate: float, half: float, hop: float, wire: float, block: float) -> list[dict[str, object]]:
     """What ranks would measure on a machine with these numbers."""
     sizes = np.array(MATMULS, dtype=float)
-    matmuls = 2 * sizes.prod(axis=1) / (rate * np.prod(sizes / (sizes + half), axis=1))
+    matmuls = 2 * sizes.prod(axis=1) / (rate * sizes[:, 2] / (sizes[:, 2] + half))
     ring = {size: (ranks - 1) * hop + size * (ranks - 1) / ranks / wire for size in COLLECTIVES}
     one = {
         "matmuls": matmuls.tolist(),
@@ -42,6 +43,23 @@ def test_a_slower_block_slows_the_model_down_to_it() -> None:
     quick = device_of("made", made_up(2, 1e11, 20.0, 1e-4, 1e9, 1e-9), 8.0)
     slow = device_of("made", made_up(2, 1e11, 20.0, 1e-4, 1e9, 3 * predicted_block(quick)), 8.0)
     assert predicted_block(slow) == pytest.approx(3 * predicted_block(quick), rel=0.02)
+
+
+def test_ranks_that_share_cores_lose_no_idle_time() -> None:
+    layout, job = ParallelLayout.parse("pp=2,microbatches=2"), Workload(8, 128, "fp32")
+    found = []
+    for cores in (None, 2, 1):
+        device = device_of("made", made_up(2, 1e11, 20.0, 1e-4, 1e9, 1e-9), 64.0, cores)
+        found.append(Planner.of("llama:micro", Cluster(((device, 2),)), job).estimate(layout).breakdown["bubble"])
+    assert found[0] == found[1] > 0 and found[2] == 0
+
+
+def test_nothing_hides_where_processors_move_the_bytes() -> None:
+    device = device_of("made", made_up(2, 1e11, 20.0, 1e-4, 1e9, 1e-9), 64.0)
+    planner = Planner.of("llama:micro", Cluster(((device, 2),)), Workload(8, 128, "fp32"))
+    size = planner.model.shape.parameters() * 4
+    found = planner.estimate(ParallelLayout.parse("dp=2")).breakdown["dp"]
+    assert found == pytest.approx(2 * (1e-4 + size / 2 / 1e9), rel=0.05)  # a ring over two ranks, all of it waited for
 
 
 def test_measured_file_is_taken_by_the_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,9 @@ import pytest
 from fms_parallel.errors import ConfigError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.planner import Cluster, Workload, plan, search
-from fms_parallel.planner.api import Planner
+from fms_parallel.planner.api import Planner, search_with
 from fms_parallel.planner.cli import main
-from fms_parallel.planner.columns import Columns
+from fms_parallel.planner.columns import SCHEDULES, Columns
 from fms_parallel.planner.space import Space, candidates, rejections
 
 JOB = ["--model", "llama:3.1-8b", "--gpus", "h100:16", "--global-batch", "64", "--seq", "4096"]
@@ -187,3 +187,14 @@ def test_planning_never_imports_torch() -> None:
 def test_layout_columns_round_trip() -> None:
     layout = ParallelLayout.parse("pp=2,fsdp=2,tp=2,sp,microbatches=4,recompute=full,precision=bf16")
     assert Columns.of_layout(layout, 64).layout(0, "bf16") == layout
+
+
+def test_every_layout_of_a_ranking_is_one_that_the_layouts_own_rules_allow() -> None:
+    for name, gpus, batch in (("llama:3.1-8b", "a100:16", 48), ("llama:3.2-1b", "h100:12", 24)):
+        planner = Planner.of(name, gpus, Workload(batch, 2048))
+        everything = Space(schedules=tuple(SCHEDULES), recompute=("none", "selective", "full", "every=3"))
+        results = search_with(planner, everything, 4000).results
+        assert len(results) > 1000
+        assert len({e.layout.schedule for e in results}) == len(SCHEDULES)
+        for estimate in results:
+            estimate.layout.validate(planner.model.shape)

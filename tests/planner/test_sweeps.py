@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fms_parallel.errors import ConfigError
+from fms_parallel.inference.cache import KVCache
 from fms_parallel.planner import Cluster, Planner, Workload, load_devices
 from fms_parallel.planner.cli import main
 from fms_parallel.planner.columns import Columns
@@ -61,6 +63,22 @@ def test_serving_is_bounded_by_reading_the_weights() -> None:
         assert s.kv_gb + s.weights_gb < 80
         flops = planner.model.shape.flops_per_token(1024, training=False) * 8 * 1024
         assert s.ttft_s > flops / (s.layout.tp * 989e12)
+
+
+@pytest.mark.parametrize("name", ["llama:micro", "llama:3.2-1b", "llama:3.1-8b"])
+def test_serving_holds_every_weight_and_the_caches_bytes(name: str) -> None:
+    """One rank holds the model's parameters; several hold what our cache takes for their layers and kv heads."""
+    planner = Planner.of(name, "h100:2", Workload(4, 64))
+    shape = planner.model.shape
+    alone = serving(Planner.of(name, "h100:1", Workload(4, 64)), 4, 64, 16)[0]
+    assert alone.weights_gb * GIB == 2 * shape.parameters()
+    for s in serving(planner, 4, 64, 16):
+        cache = KVCache(80)
+        heads = max(shape.kv_heads // s.layout.tp, 1)
+        for layer in range(-(-shape.layers // s.layout.pp)):
+            part = torch.zeros(4, heads, 1, shape.head_width, dtype=torch.bfloat16)
+            cache.append(layer, part, part)
+        assert s.kv_gb * GIB == cache.memory_bytes
 
 
 def test_serving_says_which_batch_fits() -> None:

@@ -76,15 +76,14 @@ def test_sp_turns_each_into_a_gather_and_a_scatter_and_hides_nothing() -> None:
     assert one.sent("all_reduce", "tp").bytes == (2 * L + 1) * E * 4 + 2 * 4
 
 
-def test_fsdp_gathers_each_group_twice_but_the_last_and_scatters_it_once() -> None:
+def test_fsdp_gathers_each_block_twice_and_scatters_it_once() -> None:
     one = of("fsdp=2")
-    groups = L + 2  # the embedding, each block, and norm with head, which stays gathered for its backward
-    assert counts(one) == {("all_gather", "fsdp"): 2 * groups - 1, ("reduce_scatter", "fsdp"): groups} | {
+    # Once: the embedding, whose backward reads no weight, and norm with head, which stay gathered for theirs.
+    assert counts(one) == {("all_gather", "fsdp"): 2 * L + 2, ("reduce_scatter", "fsdp"): L + 2} | {
         ("all_reduce", "fsdp"): 2  # tokens; loss and norm
     }
     assert one.sent("reduce_scatter", "fsdp").bytes == 4 * WHOLE
-    # The embedding's too, although nobody needs its values when its gradient is made.
-    assert one.sent("all_gather", "fsdp").bytes == 4 * (2 * WHOLE - (V + 1) * E)
+    assert one.sent("all_gather", "fsdp").bytes == 4 * (2 * WHOLE - (V + 1) * E - V * E)
 
 
 def test_fsdp_with_tp_and_sp_is_both_and_one_sum_per_norm() -> None:

@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
         seconds = run_ranks(measure.measure_rank, args.ranks, args.repeats)
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    device = measure.device_of(args.name, seconds, args.memory_gb or whole / args.ranks)
+    cores = os.cpu_count()
+    device = measure.device_of(args.name, seconds, args.memory_gb or whole / args.ranks, cores)
     table = {key: value for key, value in asdict(device).items() if key != "name"}
     Path(args.out).write_text(json.dumps({args.name: table}, indent=2) + "\n", encoding="utf-8")
     rate, link = device.peak("fp32") / 1e9, device.intra

@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits.add_argument(
         "--schedules", nargs="+", metavar="WORD", help="pipeline schedules (default: 1f1b interleaved1f1b zbv)"
     )
+    limits.add_argument(
+        "--recompute", nargs="+", metavar="WORD", help="policies, every=N among them (default: none selective full)"
+    )
     limits.add_argument("--offload", action="store_true", help="also consider optimizer and parameters in host memory")
     limits.add_argument("--deadline", type=float, metavar="HOURS", help="with --steps: drop what takes longer")
     limits.add_argument("--budget", type=float, metavar="DOLLARS", help="with --steps: drop what costs more")
@@ -53,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--top and --max-micro-batch: need whole numbers >= 1.")
     space = Space(
         schedules=tuple(args.schedules or Space().schedules),
+        recompute=tuple(args.recompute or Space().recompute),
         offloads=("none", "optimizer_state") if args.offload else ("none",),
         max_micro=args.max_micro_batch,
         pins=tuple(args.pin),

@@ -42,10 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pareto = parser.add_argument_group("subsets of the cluster")
     pareto.add_argument("--pareto", action="store_true", help="also every smaller cluster")
     pareto.add_argument("--pareto-gbs-max", type=int, help="and every batch 1, 2, 4, ... up to this")
-    pareto.add_argument("--make-pareto", metavar="FILE.png", help="plot cost against throughput")
+    pareto.add_argument(
+        "--make-pareto",
+        nargs="?",
+        const="",
+        metavar="FILE.png",
+        help="plot cost against throughput (default: beside --csv)",
+    )
+    pareto.add_argument("--only-make-pareto", metavar="FILE.csv", help="search nothing, plot such a table again")
     pareto.add_argument("--pareto-title", default="Pareto", help="of the plot")
     output = parser.add_argument_group("output")
     output.add_argument("--csv", metavar="FILE", help="write the table with the original's columns")
+    output.add_argument("--no-save-csv", action="store_true", help="write no table, as without --csv")
+    output.add_argument("--log-file", metavar="FILE", help="write what is shown, traces included, to a file as well")
+    output.add_argument(
+        "--add-exp-name", default="", metavar="NAME", help="put _NAME behind the name of every file written"
+    )
     output.add_argument("--parsing", action="store_true", help="JSON lines as configurations are priced")
     output.add_argument("--parsing-file", metavar="FILE", help="write those lines to a file")
     output.add_argument("--verbose", action="store_true", help="trace every partition on standard error")
@@ -55,6 +67,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Search and show."""
+    from fms_parallel.planner.fasop import output
+
+    args = name_files(args)
+    if args.only_make_pareto:
+        output.write_plot(output.read_csv(args.only_make_pareto), args.make_pareto, args.pareto_title)
+        return 0
+    with output.copied(args.log_file):
+        return _search(args)
+
+
+def name_files(args: argparse.Namespace) -> argparse.Namespace:
+    """The same flags with the files that are written: `--add-exp-name` in their names, the plot beside its table.
+
+    Raises:
+        ConfigError: --no-save-csv with --csv, or a plot that no flag gives a place.
+    """
+    from pathlib import Path
+
+    from fms_parallel.errors import ConfigError
+
+    if args.no_save_csv and args.csv:
+        raise ConfigError(f"--no-save-csv and --csv {args.csv} contradict each other: drop one.")
+    found = argparse.Namespace(**vars(args))
+    table = args.csv or args.only_make_pareto
+    if args.only_make_pareto or args.make_pareto == "":
+        if not (table or args.make_pareto):
+            raise ConfigError(
+                "--make-pareto has no place to write to: name a file, or add --csv and it lies beside it."
+            )
+        found.make_pareto = args.make_pareto or str(Path(table).with_suffix(".png"))
+    for name in ("csv", "make_pareto", "parsing_file", "log_file"):
+        path = getattr(found, name)
+        if path and args.add_exp_name:
+            place = Path(path)
+            setattr(found, name, str(place.with_name(f"{place.stem}_{args.add_exp_name}{place.suffix}")))
+    return found
+
+
+def _search(args: argparse.Namespace) -> int:
     from fms_parallel.planner.fasop import output, search, tables
 
     began = time.perf_counter()

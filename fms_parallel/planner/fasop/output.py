@@ -6,9 +6,10 @@ import csv
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from fms_parallel.errors import ConfigError
 from fms_parallel.planner.fasop.costs import Job
@@ -96,6 +97,35 @@ def skyline(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
             best = row[SPEED]
             found.append(row)
     return found
+
+
+class _Both:
+    """A stream whose text goes to a file as well."""
+
+    def __init__(self, stream: TextIO, file: TextIO) -> None:
+        self.stream, self.file = stream, file
+
+    def write(self, text: str) -> int:
+        """Write to both."""
+        self.file.write(text)
+        return self.stream.write(text)
+
+    def flush(self) -> None:
+        """Flush both."""
+        self.file.flush()
+        self.stream.flush()
+
+
+@contextmanager
+def copied(path: str | None) -> Iterator[None]:
+    """While the body runs, what it shows on standard output and error is written to a file, started anew, as well."""
+    if path is None:
+        yield
+        return
+    with open(path, "w", encoding="utf-8") as file:
+        out, err = cast(TextIO, _Both(sys.stdout, file)), cast(TextIO, _Both(sys.stderr, file))
+        with redirect_stdout(out), redirect_stderr(err):
+            yield
 
 
 class Lines:
