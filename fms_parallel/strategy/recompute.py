@@ -20,7 +20,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fms_parallel.errors import LayoutError
 from fms_parallel.layout import ParallelLayout
+from fms_parallel.schedules import find_schedule
 from fms_parallel.strategy.base import Strategy, repeated_blocks
+from fms_parallel.strategy.replay import replayed
 
 _aten = torch.ops.aten
 KEPT = {
@@ -39,13 +41,15 @@ class RecomputeStrategy(Strategy):
 
     def __init__(self, layout: ParallelLayout) -> None:
         self.interval, self.selective = layout.recompute_interval, layout.recompute == "selective"
+        self.in_parts = layout.pp > 1 and find_schedule(layout.schedule).splits_backward
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """Wrap in place."""
         if self.interval:
             for name, block in repeated_blocks(model):
                 if int(name.rpartition(".")[2]) % self.interval == 0:
-                    block.forward = _recomputed(block.forward, self.selective)  # type: ignore[method-assign]
+                    wrapped = replayed(block.forward) if self.in_parts else _recomputed(block.forward, self.selective)
+                    block.forward = wrapped  # type: ignore[method-assign]
         return model
 
 

@@ -6,11 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from fms_parallel.data.feed import Batch
 from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.errors import RankFailed
 from fms_parallel.layout import ParallelLayout
+from fms_parallel.models import get_model
+from fms_parallel.strategy.base import repeated_blocks
 from fms_parallel.training import evaluate, train
+from fms_parallel.training.optimizer import make_optimizer
+from fms_parallel.training.options import TrainOptions
+from fms_parallel.training.step import train_step
 from fms_parallel.verify import TOLERANCE, Report, verify
 from tests.distributed.test_layouts import BIASED, ONE_KV, TINY, ranks_of, shaken_llama
 from tests.distributed.test_training import DROPPING, EXACT
@@ -178,3 +185,22 @@ def refused(layout: str, config: dict[str, Any]) -> str:
 )
 def test_what_stages_cannot_do_is_said(layout: str, ranks: int, config: dict[str, Any], words: str) -> None:
     assert all(words in said for said in run_ranks(refused, ranks, layout, config))
+
+
+def block_forwards(layout: str) -> list[int]:
+    """How often each of this rank's blocks computes in one step."""
+    model = get_model("llama", "micro", distributed_strategy=layout, **DEEP)
+    counts: list[int] = []
+    for number, (_, block) in enumerate(repeated_blocks(model)):
+        counts.append(0)
+        block.attention.register_forward_hook(lambda *_, number=number: counts.__setitem__(number, counts[number] + 1))
+    tokens = torch.zeros(4, 8, dtype=torch.int64)
+    train_step(model, make_optimizer(model, TrainOptions()), [Batch(tokens, tokens)])
+    return counts
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"])
+def test_recompute_runs_each_block_once_more_per_micro_batch(schedule: str) -> None:
+    """Also where the backward pass asks for inputs first and for each group of weights later."""
+    for counts in run_ranks(block_forwards, 2, f"pp=2,schedule={schedule},microbatches=4,recompute=full"):
+        assert counts == [4 * 2] * len(counts)
