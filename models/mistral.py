@@ -45,6 +45,8 @@ class Mistral(LLaMA):
     def sequences(self, batch: int, length: int, positions: Tensor, first_position: int = 0, **more: Any) -> Sequences:
         """As LLaMA's, with the mask that the window leaves."""
         seq = super().sequences(batch, length, positions, first_position, **more)
+        if seq.ragged is not None:
+            return replace(seq, window=self.config.window)
         end = last_position(length, first_position, seq.context)
         if self.config.window is None or end <= self.config.window:
             return seq

@@ -237,6 +237,35 @@ def test_compile_within_keeps_less_the_smaller_the_budget_and_the_same_gradients
     assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other, strict=True))
 
 
+def mesh_of_a_job() -> tuple[list[float], int, int, list[bool]]:
+    """(timeouts of its groups, how many, how many are left when it is closed, whether gradients wait)."""
+    from torch.distributed.distributed_c10d import _world
+
+    before = len(_world.pg_map)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    compat.flatten_mesh(mesh, ("a", "b"))
+    groups = compat.mesh_groups(mesh)
+    for group in groups:
+        compat.set_group_timeout(group, compat.group_timeout())
+    timeouts = [compat.group_timeout(group).total_seconds() for group in groups]
+    model = fully_shard(nn.Linear(4, 4), mesh=mesh["b"])
+    model.set_requires_gradient_sync(False)
+    waiting = [compat.has_unreduced_gradients(model)]
+    model(torch.ones(2, 4)).sum().backward()
+    waiting.append(compat.has_unreduced_gradients(model))
+    model.set_requires_gradient_sync(True)
+    model(torch.ones(2, 4)).sum().backward()
+    waiting.append(compat.has_unreduced_gradients(model))
+    compat.close_mesh(mesh)
+    return timeouts, len(groups), len(_world.pg_map) - before, waiting
+
+
+def test_groups_of_a_mesh_have_the_timeout_of_the_job_and_end_with_it() -> None:
+    for timeouts, count, left, waiting in run_ranks(mesh_of_a_job, 4, timeout=77):
+        assert set(timeouts) == {77.0} and count in (2, 3) and left == 0
+        assert waiting == [False, True, False]
+
+
 def test_every_function_is_tested() -> None:
     functions = {name for name, f in inspect.getmembers(compat, inspect.isfunction) if f.__module__ == compat.__name__}
     assert functions == {
@@ -247,6 +276,7 @@ def test_every_function_is_tested() -> None:
         *("fake_process_group", "unreal_tensors", "intercept", "storage_resizes", "fsdp_took_new_parameters"),
         "group_of_collective",
         *("flatten_tree", "unflatten_tree", "storage_number", "watch_operations", "needs_values"),
+        *("set_group_timeout", "group_timeout", "mesh_groups", "close_mesh", "has_unreduced_gradients"),
         *("flatten_mesh", "join_meshes", "has_attention_sums", "attention_sums", "attention_sums_backward"),
         *("has_prepacked_linear", "prepack_linear", "prepacked_linear", "has_int8_linear", "int8_linear"),
     }

@@ -61,9 +61,9 @@ class _Layer:
                 raise ConfigError(
                     f"a KVCache serves one batch: it holds {_sizes(held)} and was given {_sizes(new)}; take a new one."
                 )
-            held[:, :, self.length : end] = new
+            held.narrow(2, self.length, end - self.length).copy_(new)
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
 
 def _sizes(x: Tensor) -> str:

@@ -12,11 +12,10 @@ ranks that share a sequence (modules/context_attention.py); this file knows no c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 
@@ -24,9 +23,9 @@ from fms_parallel.errors import ConfigError, LayoutError
 from fms_parallel.modules.context_attention import Rule, context_attention, dropped_context_attention
 from fms_parallel.modules.dropout import Dropout
 from fms_parallel.modules.initial import Fill, Init, Normal
-from fms_parallel.modules.linear import Bias, shared_linear
+from fms_parallel.modules.linear import Multiplies
 from fms_parallel.modules.norm import rms_norm
-from fms_parallel.modules.positions import rotate
+from fms_parallel.modules.positions import rotate_both
 from fms_parallel.modules.scores import dropped_scores, scores
 from fms_parallel.modules.sequences import Sequences
 from fms_parallel.modules.tp import TPModule
@@ -71,14 +70,7 @@ class AttentionShape:
         return self.heads // self.kv_heads
 
 
-class Matrices(NamedTuple):
-    """What `project` multiplies by: rows in the order query, key, value."""
-
-    weights: tuple[Tensor, ...]
-    biases: tuple[Bias, ...]
-
-
-class Attention(nn.Module):
+class Attention(Multiplies):
     """softmax(q k^T * scale) v between two linear maps (arXiv 1706.03762; GQA: arXiv 2305.13245)."""
 
     def __init__(self, shape: AttentionShape, layer: int = 0) -> None:
@@ -107,9 +99,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, seq: Sequences) -> Tensor:
         """`[B, S, E]` -> `[B, S, E]`."""
-        weight = self.out.weight.to(x.dtype)
-        bias = None if self.out.bias is None else self.out.bias.to(x.dtype)
-        return F.linear(self.attend(x, seq), weight, bias)
+        return self.multiply("output", self.attend(x, seq))[0]
+
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """What reads the tokens, and what reads the heads."""
+        return {"input": ("qkv",) if self.shape.fused else ("query", "key", "value"), "output": ("out",)}
 
     def attend(self, x: Tensor, seq: Sequences) -> Tensor:
         """`[..., E]` -> the heads' outputs side by side, `[B, S, (this rank's heads) * D]`."""
@@ -118,10 +112,12 @@ class Attention(nn.Module):
             q = rms_norm(q, self.head_parameter(self.query_norm, q), self.shape.qk_norm_eps)
             k = rms_norm(k, self.head_parameter(self.key_norm, k), self.shape.qk_norm_eps)
         if seq.rope is not None:
-            q, k = rotate(q, *seq.rope), rotate(k, *seq.rope)
+            q, k = rotate_both(q, k, *seq.rope)
+        if (rows := seq.ragged) is not None:
+            return rows.attend(self.layer, q, k, v, self.shape.scale, seq.window).flatten(2)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if seq.cache is not None:
-            k, v = seq.cache.append(self.layer, k, v)
+            k, v = seq.cache.append(self.layer, k, v)  # type: ignore[union-attr]
         return self.mix(q.transpose(1, 2), k, v, seq).transpose(1, 2).flatten(2)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequences) -> Tensor:
@@ -141,9 +137,8 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, seq: Sequences) -> tuple[Tensor, Tensor, Tensor]:
         """`[..., E]` -> q `[B, S, h, D]`, k and v `[B, S, k, D]` for the h query and k kv heads held here."""
-        matrices = self.matrices(x)
         split = self.split_fused if self.shape.fused else self.split_apart
-        return split(shared_linear(x, *matrices), seq)
+        return split(self.multiply("input", x), seq)
 
     def split_apart(self, projected: tuple[Tensor, ...], seq: Sequences) -> tuple[Tensor, Tensor, Tensor]:
         """Three results -> heads."""
@@ -159,15 +154,6 @@ class Attention(nn.Module):
     def group_held(self) -> int:
         """Query heads held here per kv head held here."""
         return self.shape.group
-
-    def matrices(self, like: Tensor) -> Matrices:
-        """The matrices as plain tensors in the dtype of `like`."""
-        linears = (self.qkv,) if self.shape.fused else (self.query, self.key, self.value)
-        flat = [(m.flat() if isinstance(m, FusedQKV) else (m.weight, m.bias)) for m in linears]
-        return Matrices(
-            tuple(w.to(like.dtype) for w, _ in flat),
-            tuple(None if b is None else b.to(like.dtype) for _, b in flat),
-        )
 
     def head_parameter(self, parameter: Tensor, like: Tensor) -> Tensor:
         """A parameter that every head uses."""
@@ -186,10 +172,6 @@ class FusedQKV(nn.Module):
         self.weight = nn.Parameter(torch.empty(*grouped, shape.width))
         self.bias = nn.Parameter(torch.empty(*grouped)) if shape.qkv_bias else None
 
-    def flat(self) -> tuple[Tensor, Bias]:
-        """As one matrix `[(H + 2K) * D, E]` and its bias."""
-        return self.weight.flatten(0, 2), None if self.bias is None else self.bias.flatten()
-
 
 class TPAttention(TPModule, Attention):
     """Each rank holds H/tp query heads and the kv heads they read; the output matrix is cut along its input.
@@ -197,6 +179,8 @@ class TPAttention(TPModule, Attention):
     When K < tp, key and value parameters are stored whole on every rank and each uses the one head it needs; the
     gradient, a partial sum, is added over the axis.
     """
+
+    bias_after = frozenset(("output",))
 
     def placements(self) -> dict[str, Placement]:
         kv: Placement = Replicate() if self.kv_copied else Shard(0)
@@ -222,30 +206,22 @@ class TPAttention(TPModule, Attention):
     def forward(self, x: Tensor, seq: Sequences) -> Tensor:
         """`[B, S, E]`, or `[T/tp, E]` with sp, in the same form back."""
         heads = self.attend(self.enter(x, seq.tokens), seq)
-        return self.leave(F.linear(heads, self.shard(self.out.weight, heads)), self.out.bias)
+        return self.leave(self.multiply("output", heads)[0], self.out.bias)
 
-    def matrices(self, like: Tensor) -> Matrices:
-        if self.shape.fused:
-            return self._fused_matrices(like)
-        kv = self._copied_head if self.kv_copied else self.shard
-        linears = ((self.query, self.shard), (self.key, kv), (self.value, kv))
-        return Matrices(
-            tuple(take(m.weight, like) for m, take in linears),
-            tuple(None if m.bias is None else take(m.bias, like) for m, take in linears),
-        )
+    def piece(self, owner: str, parameter: Tensor, like: Tensor) -> Tensor:
+        """Own rows or columns; of copied kv heads the rows that are used here."""
+        take = self._copied[owner] if self.kv_copied and owner in self._copied else self.shard
+        return take(parameter, like)
+
+    @property
+    def _copied(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+        return {"key": self._copied_head, "value": self._copied_head, "qkv": self._group_piece}
 
     def _copied_head(self, parameter: Tensor, like: Tensor) -> Tensor:
         """The rows of the one kv head that this rank's queries read."""
         head = self.axis.rank * self.shape.kv_heads // self.axis.size
         rows = self.shape.head_width
         return self.summed(parameter, like)[head * rows : (head + 1) * rows]
-
-    def _fused_matrices(self, like: Tensor) -> Matrices:
-        take = self._group_piece if self.kv_copied else self.shard
-        weight, bias = take(self.qkv.weight, like), None
-        if self.qkv.bias is not None:
-            bias = take(self.qkv.bias, like).flatten()
-        return Matrices((weight.flatten(0, 2),), (bias,))
 
     def _group_piece(self, parameter: Tensor, like: Tensor) -> Tensor:
         """This rank's query heads of its group, with the group's key and value: `[1, H/tp + 2, D, ...]`."""

@@ -16,8 +16,10 @@ from fms_parallel.compat import assert_on_device
 from fms_parallel.distributed.collectives import gather_last
 from fms_parallel.errors import ConfigError
 from fms_parallel.modules.initial import Fill, Init, Normal
+from fms_parallel.modules.linear import Multiplies
+from fms_parallel.modules.linear_types import refuse_quantised
 from fms_parallel.modules.loss import VocabularyShard, linear_cross_entropy
-from fms_parallel.modules.sequences import Sequences
+from fms_parallel.modules.sequences import Sequences, Wanted
 from fms_parallel.modules.tp import TPModule
 
 
@@ -72,7 +74,7 @@ class TPEmbedding(TPModule, Embedding):
         return self.leave(partial.to(self.compute_dtype or partial.dtype))
 
 
-class Head(nn.Module):
+class Head(Multiplies):
     """Logits of a token, or their cross-entropy. `weight [V, E]` may be the embedding's own parameter."""
 
     def __init__(self, vocab: int, width: int, std: float = 0.02, *, bias: bool = False) -> None:
@@ -85,27 +87,48 @@ class Head(nn.Module):
         """How own parameters start."""
         return {"weight": Normal(self.std), "bias": Fill(0.0)}
 
-    def forward(self, x: Tensor, seq: Sequences, labels: Tensor | None = None, last: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, seq: Sequences, labels: Tensor | None = None, last: int | Wanted | None = None
+    ) -> Tensor:
         """Logits or loss of `x [B, S, E]`.
 
         Args:
             labels: `[B, S]`, the token wanted at each position, -100 for none.
-            last: only the last so many positions.
+            last: only the last so many positions, or those that it names.
         Returns:
             without labels the logits `[B, S or last, V]`; with labels the summed cross-entropy, a scalar.
         """
         return self.logits(x, seq, last) if labels is None else self.loss(x, labels, seq)
 
-    def logits(self, x: Tensor, seq: Sequences, last: int | None = None) -> Tensor:
+    def logits(self, x: Tensor, seq: Sequences, last: int | Wanted | None = None) -> Tensor:
         """`[B, S, E]` -> `[B, S, V]`."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x if last is None else x[:, -last:], self.weight.to(x.dtype), bias)
+        return self.multiply("logits", positions_wanted(x, last))[0]
+
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """The head's own matrix."""
+        return {"logits": ("",)}
+
+    def plain(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias for a loss on `x`, which makes the logits chunk by chunk."""
+        (weight,), (bias,) = self.matrices("logits", x)
+        if isinstance(weight, Tensor):
+            return weight, bias
+        if torch.is_grad_enabled():
+            refuse_quantised(self)
+        return weight.dense(x.dtype), bias
 
     def loss(self, x: Tensor, labels: Tensor, seq: Sequences) -> Tensor:
         """Summed cross-entropy."""
         whole = VocabularyShard(None, 0, self.vocab)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return linear_cross_entropy(x.flatten(0, -2), self.weight.to(x.dtype), labels.flatten(), whole, bias)
+        weight, bias = self.plain(x)
+        return linear_cross_entropy(x.flatten(0, -2), weight, labels.flatten(), whole, bias)
+
+
+def positions_wanted(x: Tensor, last: int | Wanted | None) -> Tensor:
+    """Of `x [B, S, E]` the positions that `Head.forward` is asked for."""
+    if isinstance(last, Wanted):
+        return last.of(x)
+    return x if last is None else x[:, -last:]
 
 
 class TPHead(TPModule, Head):
@@ -116,14 +139,15 @@ class TPHead(TPModule, Head):
     def placements(self) -> dict[str, Placement]:
         return {"weight": Shard(0), "bias": Shard(0)}
 
-    def logits(self, x: Tensor, seq: Sequences, last: int | None = None) -> Tensor:
-        """The same logits on every rank: `[B, S, V]`."""
-        x = self.enter(x, seq.tokens).view(seq.batch, seq.length, -1)
-        x = x if last is None else x[:, -last:]
-        return gather_last(F.linear(x, self.shard(self.weight, x), self._bias(x)), self.axis, self.vocab)
+    def logits(self, x: Tensor, seq: Sequences, last: int | Wanted | None = None) -> Tensor:
+        """The same logits on every rank, `[B, S, V]`; or of each its own run of the vocabulary, where so wanted."""
+        x = positions_wanted(self.enter(x, seq.tokens).view(seq.batch, seq.length, -1), last)
+        (logits,) = self.multiply("logits", x)
+        whole = not isinstance(last, Wanted) or last.whole
+        return gather_last(logits, self.axis, self.vocab) if whole else logits
 
-    def _bias(self, like: Tensor) -> Tensor | None:
-        return None if self.bias is None else self.shard(self.bias, like)
+    def piece(self, owner: str, parameter: Tensor, like: Tensor) -> Tensor:
+        return self.shard(parameter, like)
 
     def loss(self, x: Tensor, labels: Tensor, seq: Sequences) -> Tensor:
         if not self.loss_parallel:
@@ -132,4 +156,5 @@ class TPHead(TPModule, Head):
             return F.cross_entropy(logits.to(wide), labels.flatten(), reduction="sum")
         x = self.enter(x, seq.tokens).flatten(0, -2)
         shard = VocabularyShard(self.axis, self.axis.chunk(self.vocab)[0], self.vocab)
-        return linear_cross_entropy(x, self.shard(self.weight, x), labels.flatten(), shard, self._bias(x))
+        weight, bias = self.plain(x)
+        return linear_cross_entropy(x, weight, labels.flatten(), shard, bias)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from fms_parallel.errors import ConfigError, unknown
 from fms_parallel.modules.first_order import first_order
 from fms_parallel.modules.initial import Fill, Init, Normal
-from fms_parallel.modules.linear import Bias, shared_linear
+from fms_parallel.modules.linear import Multiplies
 from fms_parallel.modules.tp import TPModule
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
@@ -77,7 +77,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 approximation (arXiv 1606.08415)."""
 
 
-class FeedForward(nn.Module):
+class FeedForward(Multiplies):
     """Two or three matrices around an activation.
 
     Args:
@@ -126,24 +126,20 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., E]` -> `[..., E]`."""
-        bias = None if self.down.bias is None else self.down.bias.to(x.dtype)
-        return F.linear(self.hidden_states(x), self.down.weight.to(x.dtype), bias)
+        return self.multiply("output", self.hidden_states(x))[0]
+
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """What reads x, and what reads the hidden features."""
+        return {"input": self.inputs, "output": ("down",)}
 
     def hidden_states(self, x: Tensor) -> Tensor:
         """`[..., E]` -> what the down matrix reads, `[..., (this rank's part of) F]`."""
-        linears = [getattr(self, name) for name in self.inputs]
-        weights = [self.parameter(m.weight, x).flatten(0, -2) for m in linears]
-        biases: list[Bias] = [None if m.bias is None else self.parameter(m.bias, x).flatten() for m in linears]
-        projected = shared_linear(x, weights, biases)
+        projected = self.multiply("input", x)
         if self.fused:
             projected = projected[0].chunk(2, dim=-1)
         if not self.gated:
             return ACTIVATIONS[self.activation](projected[0])
         return gate(projected[0], projected[1], self.activation)
-
-    def parameter(self, parameter: Tensor, like: Tensor) -> Tensor:
-        """An input matrix or its bias, in the dtype of `like`."""
-        return parameter.to(like.dtype)
 
 
 class FusedGateUp(nn.Module):
@@ -158,6 +154,8 @@ class FusedGateUp(nn.Module):
 class TPFeedForward(TPModule, FeedForward):
     """Each rank holds F/tp of the hidden features."""
 
+    bias_after = frozenset(("output",))
+
     def placements(self) -> dict[str, Placement]:
         cut = Shard(1) if self.fused else Shard(0)
         inputs: dict[str, Placement] = {f"{name}.{kind}": cut for name in self.inputs for kind in ("weight", "bias")}
@@ -166,9 +164,9 @@ class TPFeedForward(TPModule, FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S, E]`, or `[T/tp, E]` with sp, in the same form back."""
         hidden = self.hidden_states(self.enter(x))
-        return self.leave(F.linear(hidden, self.shard(self.down.weight, hidden)), self.down.bias)
+        return self.leave(self.multiply("output", hidden)[0], self.down.bias)
 
-    def parameter(self, parameter: Tensor, like: Tensor) -> Tensor:
+    def piece(self, owner: str, parameter: Tensor, like: Tensor) -> Tensor:
         return self.shard(parameter, like)
 
 
@@ -193,6 +191,6 @@ class _SiluGate(torch.autograd.Function):
 
 def gate(g: Tensor, u: Tensor, activation: str) -> Tensor:
     """act(g) * u."""
-    if ACTIVATIONS[activation] is F.silu and not torch.compiler.is_compiling():
+    if ACTIVATIONS[activation] is F.silu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _SiluGate.apply(g, u)
     return ACTIVATIONS[activation](g) * u

@@ -1,20 +1,117 @@
-"""Several matrices that read the same input, as one operation.
+"""Matrix products: several matrices that read the same input as one operation, and the modules that own them.
 
 Query, key and value (or gate and up) each multiply the same tokens. Done apart, autograd adds their input gradients
 in extra passes over `[T, E]`; done here the second and third product accumulate into the first. That is what a fused
 weight is wanted for, without storing one: each matrix keeps its own name, its own shard and its own checkpoint key.
+
+A module that multiplies says which of its children form a group (`Multiplies`). Everything that replaces a plain
+product asks it for that group: a weight stored in another form (`modules/linear_types.py`), and a copy laid out for
+decoding (`inference/weights.py`). This page knows neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Bias = Tensor | None
+
+
+class StoredWeight(Protocol):
+    """A matrix `[N, E]` that is not stored as plain numbers."""
+
+    @property
+    def values(self) -> Tensor:
+        """What is stored for each of its numbers, `[N, E]`."""
+        ...
+
+    def multiply(self, x: Tensor, bias: Bias) -> Tensor:
+        """`x [..., E]` -> `[..., N]`; its gradient may be refused."""
+        ...
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The plain numbers, `[N, E]`."""
+        ...
+
+
+Weight = Tensor | StoredWeight
+
+Product = Callable[[Tensor], tuple[Tensor, ...]]
+"""`x [..., E]` -> one `[..., N_i]` for each matrix of a group."""
+
+
+class Matrices(NamedTuple):
+    """A group of matrices that read one input, and their biases."""
+
+    weights: tuple[Weight, ...]
+    biases: tuple[Bias, ...]
+
+
+class Multiplies(nn.Module):
+    """A module that multiplies by groups of matrices.
+
+    Attributes:
+        fast: group -> what multiplies in its place while no gradient is recorded; never part of the module's state.
+        bias_after: groups whose bias is not theirs to add: the module adds it after a sum over ranks.
+    """
+
+    fast: Mapping[str, Product] = MappingProxyType({})
+    bias_after: frozenset[str] = frozenset()
+
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Group -> names of the children that own its matrices (`""`: this module itself), in the order of results."""
+        raise NotImplementedError(f"{type(self).__name__} must name its groups of matrices")
+
+    def piece(self, owner: str, parameter: Tensor, like: Tensor) -> Tensor:
+        """The part of a parameter of `owner` that is used here, in the dtype of `like`."""
+        return parameter.to(like.dtype)
+
+    def matrices(self, group: str, like: Tensor) -> Matrices:
+        """The matrices of a group as held here, in the dtype of `like`."""
+        biased = group not in self.bias_after
+        held = [self._held(name, like, biased) for name in self.groups()[group]]
+        return Matrices(tuple(weight for weight, _ in held), tuple(bias for _, bias in held))
+
+    def _held(self, name: str, like: Tensor, biased: bool) -> tuple[Weight, Bias]:
+        owner: Any = getattr(self, name) if name else self
+        take = partial(self.piece, name)
+        bias = take(owner.bias, like).flatten() if biased and owner.bias is not None else None
+        kind = getattr(owner, "linear_type", None)
+        if kind is None:
+            return take(owner.weight, like).flatten(0, -2), bias
+        # Pieces of what is stored, in its own dtype: like itself.
+        return kind.weight(take(owner.weight, owner.weight), take(owner.weight_scale, owner.weight_scale)), bias
+
+    def multiply(self, group: str, x: Tensor) -> tuple[Tensor, ...]:
+        """`x [..., E]` times each matrix of a group -> one `[..., N_i]` each."""
+        fast = self.fast.get(group)
+        if fast is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return fast(x)
+        return shared_linear(x, *self.matrices(group, x))
+
+
+def shared_linear(x: Tensor, weights: Sequence[Weight], biases: Sequence[Bias]) -> tuple[Tensor, ...]:
+    """`x [..., E]` times each `weight [N_i, E]` (plus `bias [N_i]`) -> one `[..., N_i]` each."""
+    plain = [w for w in weights if isinstance(w, Tensor)]
+    if len(plain) < len(weights):
+        return tuple(linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+    if len(plain) == 1:  # nothing to share
+        return (F.linear(x, plain[0], biases[0]),)
+    if not torch.is_grad_enabled():  # nothing to accumulate; and torch.compile loses the thread of a Function here
+        return tuple(F.linear(x, w, b) for w, b in zip(plain, biases, strict=True))
+    given = tuple(b is not None for b in biases)
+    return _SharedInput.apply(x, given, *plain, *(b for b in biases if b is not None))
+
+
+def linear(x: Tensor, weight: Weight, bias: Bias = None) -> Tensor:
+    """`x [..., E]` times one `weight [N, E]`, however it is stored."""
+    return F.linear(x, weight, bias) if isinstance(weight, Tensor) else weight.multiply(x, bias)
 
 
 class _SharedInput(torch.autograd.Function):
@@ -48,11 +145,3 @@ def _input_gradient(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor
     for g, w in zip(rows[1:], weights[1:], strict=True):
         total.addmm_(g, w)
     return total
-
-
-def shared_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Bias]) -> tuple[Tensor, ...]:
-    """`x [..., E]` times each `weight [N_i, E]` (plus `bias [N_i]`) -> one `[..., N_i]` each."""
-    if not torch.is_grad_enabled():  # nothing to accumulate; and torch.compile loses the thread of a Function here
-        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
-    given = tuple(b is not None for b in biases)
-    return _SharedInput.apply(x, given, *weights, *(b for b in biases if b is not None))

@@ -86,10 +86,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, scale = _normalised(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype).mul_(weight)
+        return y
 
     @staticmethod
     @first_order
@@ -103,8 +102,17 @@ class _RMSNorm(torch.autograd.Function):
         return d_x.to(x.dtype), d_weight.to(weight.dtype), None
 
 
+def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm, and the factor `[..., 1]` of each token."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).to(x.dtype).mul_(weight), scale
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`[..., E]` normalised over the last dimension. On a GPU torch's fused kernel does it."""
     if x.is_cuda or torch.compiler.is_compiling():
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    if not torch.is_grad_enabled():  # entering a Function costs a decoding step more than the norm itself
+        return _normalised(x, weight, eps)[0]
     return _RMSNorm.apply(x, weight, eps)

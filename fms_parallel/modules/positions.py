@@ -204,6 +204,12 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+def _rotated_whole(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same for R = D, in few operations and one more copy of x: for few tokens."""
+    half = cos.shape[-1]
+    return (x * torch.cat((cos, cos), -1)).addcmul_(x.roll(half, -1), torch.cat((-sin, sin), -1))
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first R features of every head.
 
@@ -216,4 +222,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         first, second = x[..., :half], x[..., half : 2 * half]
         pieces = [first * cos - second * sin, second * cos + first * sin, x[..., 2 * half :]]
         return torch.cat(pieces, dim=-1)
-    return _Rotate.apply(x, cos, sin)
+    if torch.is_grad_enabled():
+        return _Rotate.apply(x, cos, sin)
+    if x.shape[1] == 1 and x.shape[-1] == 2 * cos.shape[-1]:
+        return _rotated_whole(x, cos, sin)
+    return _rotated(x, cos, sin)
+
+
+def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotate` of queries `[B, S, H, D]` and keys `[B, S, K, D]`."""
+    if q.shape[1] > 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+    # One token: there is nothing to compute, so the number of operations is what it costs.
+    both = rotate(torch.cat((q, k), 2), cos, sin)
+    return both[:, :, : q.shape[2]], both[:, :, q.shape[2] :]

@@ -23,6 +23,34 @@ class KVStore(Protocol):
         ...
 
 
+class RaggedStore(Protocol):
+    """A store for rows of any lengths side by side in one run of tokens, `[1, N]`: it alone knows whose each token is.
+
+    The model's mask has no say there; what a model restricts, it says as `Sequences.window`.
+    """
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
+        """Store keys and values, `[1, N, K, D]`; let `q [1, N, H, D]` attend to its own rows': `[1, N, H, D]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which logits a caller wants, where "the last so many" does not say it.
+
+    Attributes:
+        tokens: int64 `[W]`, indices of positions. whole: with tp, the logits of all V tokens on every rank; otherwise
+            each rank keeps those of the run of the vocabulary that it holds.
+    """
+
+    tokens: Tensor
+    whole: bool = True
+
+    def of(self, x: Tensor) -> Tensor:
+        """`[B, S, E]` -> `[B, W, E]`."""
+        return x[:, self.tokens]
+
+
 @dataclass(frozen=True)
 class DropoutKey:
     """Names the random bits of one forward, the same in every layout.
@@ -44,7 +72,8 @@ class Sequences:
         batch: B. length: S, of this rank's tokens where a sequence is shared.
         rope: (cos, sin), each `[S, R/2]` or `[B, S, R/2]` for R rotated features, or None.
         mask: bool `[B or 1, 1, S, T]`, True where a query may attend; None: what the attention does by itself.
-        cache: keys and values of earlier calls, or None.
+        cache: keys and values of earlier calls, or None. window: a query sees itself and the window - 1 positions
+            before it; said to a `RaggedStore` only, for others it is in the mask.
         dropout: the key of this forward's random bits, or None when nothing is dropped.
         positions: `[S]` or `[B, S]`, for models that look positions up in a table.
         context: which part of longer sequences these are, when several ranks share them; None: all of them.
@@ -54,14 +83,20 @@ class Sequences:
     length: int
     rope: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
-    cache: KVStore | None = None
+    cache: KVStore | RaggedStore | None = None
     dropout: DropoutKey | None = None
     positions: Tensor | None = None
     context: Context | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if self.context is not None and self.cache is not None:
             raise ConfigError("a cache of keys and values does not go with sequences that ranks share (cp).")
+
+    @property
+    def ragged(self) -> RaggedStore | None:
+        """The cache, where it holds rows of any lengths."""
+        return self.cache if hasattr(self.cache, "attend") else None  # type: ignore[return-value]
 
     @property
     def tokens(self) -> int:

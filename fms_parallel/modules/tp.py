@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, dis
 
 from fms_parallel.distributed.collectives import Axis, copy_in, gather_tokens, reduce_out, scatter_tokens
 from fms_parallel.errors import LayoutError
+from fms_parallel.modules.linear_types import SCALE, scale_placement
 
 
 class TPModule(nn.Module):
@@ -106,6 +107,9 @@ def adopt(module: nn.Module, mesh: DeviceMesh, sp: bool) -> nn.Module:
     module.axis, module.sp = Axis.of(mesh), sp
     placements = module.placements()
     mine = own_parameters(module)
+    for name in [name for name in mine if name.rpartition(".")[2] == SCALE]:
+        weight = name.removesuffix(SCALE) + "weight"
+        placements[name] = scale_placement(placements[weight], module.get_parameter(weight).ndim)
     if missing := sorted(set(mine) - set(placements)):
         raise LayoutError(f"{twin.__name__} does not say where {', '.join(missing)} are cut.")
     for name in mine:

@@ -279,10 +279,9 @@ class Step:
         return self.block.cp_forward * (1.0 + self.whole_again()) + self.block.cp_backward
 
     def whole_again(self) -> Array:
-        """How often a block is recomputed whole, on average over blocks."""
+        """The part of the blocks that is recomputed whole."""
         c = self.columns
-        times = np.where((c.pp > 1) & np.isin(c.schedule, schedule.SPLITS), schedule.AGAIN, 1.0)
-        return np.where(c.recompute == 2, times * c.recomputed(self.model.shape.layers), 0.0)
+        return np.where(c.recompute == 2, c.recomputed(self.model.shape.layers), 0.0)
 
     def times(self, rank: Array, final: Array, again: Array) -> Times:
         """Seconds by purpose. The slowest rank decides each micro-batch: a full one or the last one with the head."""

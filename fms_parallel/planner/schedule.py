@@ -25,9 +25,6 @@ FILLS = tuple(code for name, code in CODE.items() if WORDS[name].fills)
 """Schedules that need as many micro-batches as stages."""
 SPLITS = tuple(code for name, code in CODE.items() if WORDS[name].splits_backward)
 """Schedules that find weight gradients in a pass of their own."""
-AGAIN = 5.5
-"""Forward passes that a fully recomputed block makes under those: torch 2.13 starts over for every group of weights.
-Counted on two ranks of a LLaMA: 4 and 7."""
 
 
 def blocks_of_stages(layers: int, columns: Columns, head_blocks: Any) -> tuple[Array, Array, Array]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fms_parallel.errors import ConfigError
-from fms_parallel.modules import attention as room
+from fms_parallel.modules import scores as room
 from fms_parallel.modules.attention import Attention, AttentionShape, dropped_scores, scores
 from fms_parallel.modules.dropout import Dropout
 from fms_parallel.modules.norm import rms_norm

@@ -1,0 +1,337 @@
+"""What a new token costs: this library beside transformers (and ibm-fms where it is installed), the same weights.
+
+    python benchmarks/decode.py                                        both sizes, every dtype, batch 1 and 8; long
+    python benchmarks/decode.py --size 110m --dtype fp32 --rows 1 --new-tokens 32
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/decode.py --threads 2    on cores that others use as well
+    python benchmarks/decode.py --json
+
+Contestants live in one process and generate in turn (A B A B ...), greedily, with the same prompts, so whatever
+disturbs the machine disturbs all of them. A prompt's time ends, and a token's begins, where the next forward starts.
+Ratios are medians over rounds of neighbours' medians: of CPU seconds with one thread (wall time depends on who else
+uses the cores), of wall time with several, whose waiting costs CPU too. `best` compares the least disturbed tenth of
+each contestant's tokens.
+
+GB/s counts what a token must read: every matrix once, and the keys and values of the mean context. The roofline is the
+fastest of several readings of memory in this run, with as many threads. Tokens must agree in fp32, or the benchmark
+fails: nobody is faster by computing something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fms_parallel.cli import run
+from fms_parallel.errors import ConfigError
+
+Tokens = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something that generates.
+
+    Attributes:
+        model: whose forward is called once for each token.
+        generate: (prompts [B, S], new tokens) -> the new tokens of each row.
+    """
+
+    model: nn.Module
+    generate: Callable[[Tensor, int], Tokens]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A LLaMA with a tied head, and how long its sequences get."""
+
+    width: int
+    layers: int
+    heads: int
+    ffn_width: int
+    vocab_size: int = 32000
+    max_positions: int = 1024
+
+    @property
+    def matrices(self) -> int:
+        """Weights that a token reads: those of the layers, and the head."""
+        layer = 4 * self.width**2 + 3 * self.width * self.ffn_width
+        return self.layers * layer + self.vocab_size * self.width
+
+    def bytes_read(self, weight_bytes: int, rows: int, context: float, cache_bytes: int) -> float:
+        """Of one step of `rows` sequences with so many earlier tokens each."""
+        return self.matrices * weight_bytes + rows * context * 2 * self.layers * self.width * cache_bytes
+
+
+SIZES = {"15m": Size(288, 6, 6, 768), "110m": Size(768, 12, 12, 2048)}
+
+DTYPES = {"fp32": (torch.float32, 4), "bf16": (torch.bfloat16, 2), "int8": (torch.bfloat16, 1)}
+"""Word -> dtype of activations and of the peers' weights, and bytes of our weights."""
+
+PEERS = ("transformers", "ibm-fms")
+
+
+# ---- contestants ------------------------------------------------------------------------------------------------
+
+
+def ours(size: Size, folder: str, dtype: str, rows: int) -> Contestant:
+    """This library, its weights laid out for so many rows."""
+    from fms_parallel.inference import generate
+    from fms_parallel.inference.weights import prepare_for_decode
+    from fms_parallel.models import get_model
+
+    options = {"data_type": DTYPES[dtype][0], "linear_type": "int8" if dtype == "int8" else None}
+    model = get_model("hf_pretrained", None, folder, "hf", **options)  # type: ignore[arg-type]
+    prepare_for_decode(model, rows)
+    return Contestant(model, lambda prompts, new: generate(model, prompts, max_new_tokens=new))
+
+
+def transformers(size: Size, folder: str, dtype: str, rows: int) -> Contestant:
+    """`LlamaForCausalLM.generate` as it comes: dynamic cache, torch's fused attention."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype][0]).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+
+    def generate(prompts: Tensor, new: int) -> Tokens:
+        mask = torch.ones_like(prompts)
+        out = model.generate(prompts, attention_mask=mask, max_new_tokens=new, do_sample=False)
+        return out[:, prompts.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+    return Contestant(model, generate)
+
+
+def ibm_fms(size: Size, folder: str, dtype: str, rows: int) -> Contestant:
+    """ibm-fms with its contiguous cache and weights of its own: its time is compared, not its tokens."""
+    from fms.models.llama import LLaMA, LLaMAConfig  # type: ignore[import-not-found]
+    from fms.utils.generation import generate as fms_generate  # type: ignore[import-not-found]
+
+    config = LLaMAConfig(
+        src_vocab_size=size.vocab_size,
+        emb_dim=size.width,
+        nheads=size.heads,
+        nlayers=size.layers,
+        hidden_grow_factor=size.ffn_width / size.width,
+        multiple_of=1,
+        max_expected_seq_len=size.max_positions,
+        tie_heads=True,
+    )
+    model: nn.Module = LLaMA(config).to(DTYPES[dtype][0]).eval()
+    model.reset_parameters()  # type: ignore[operator]
+    options = {"do_sample": False, "use_cache": True, "contiguous_cache": True, "max_seq_len": size.max_positions}
+
+    def generate(prompts: Tensor, new: int) -> Tokens:
+        with torch.no_grad():
+            out = fms_generate(model, prompts, max_new_tokens=new, **options)
+        return out.view(prompts.shape[0], -1)[:, prompts.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+    return Contestant(model, generate)
+
+
+CONTESTANTS = {"ours": ours, "transformers": transformers, "ibm-fms": ibm_fms}
+
+
+@contextmanager
+def weights_for(size: Size) -> Iterator[str]:
+    """A folder with the same drawn weights for everybody."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size.vocab_size,
+        hidden_size=size.width,
+        intermediate_size=size.ffn_width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        max_position_embeddings=size.max_positions,
+        tie_word_embeddings=True,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(config).save_pretrained(folder)
+        yield folder
+
+
+# ---- measuring --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds of one prompt with its first token, and of each further token (of every row)."""
+
+    prompt: float
+    tokens: list[float]
+
+
+def clock() -> float:
+    """CPU seconds with one thread, wall seconds with several."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def one_round(contestant: Contestant, prompts: Tensor, new: int) -> Round:
+    """Time one contestant once."""
+    stamps: list[float] = [clock()]
+    hook = contestant.model.register_forward_pre_hook(lambda *_: stamps.append(clock()))
+    contestant.generate(prompts, new + 1)
+    hook.remove()
+    stamps.append(clock())
+    start, _, *tokens = stamps
+    return Round(tokens[0] - start, [end - begin for begin, end in pairwise(tokens)])
+
+
+def read_bandwidth(rounds: int = 15) -> float:
+    """Bytes per second that memory can be read with by as many threads as torch has: the fastest of four ways."""
+    weights = torch.ones(768, 1 << 16)  # 192 MiB, more than caches hold
+    row, other = torch.ones(1, 768), torch.ones(768, 1 << 16)
+    ways: list[tuple[Callable[[], object], int]] = [
+        (weights.sum, 1),
+        (lambda: torch.equal(weights, other), 2),
+        (lambda: row @ weights, 1),
+        (lambda: torch.dot(weights.view(-1), other.view(-1)), 2),
+    ]
+    size = weights.numel() * 4
+    return max(times * size / min(_wall(way) for _ in range(rounds)) for way, times in ways)
+
+
+def _wall(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(size: Size, folder: str, dtype: str, rows: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Every contestant of one case, in turn. One that cannot run gives its reason instead."""
+    prompts = torch.randint(size.vocab_size, (rows, args.prompt), generator=torch.Generator().manual_seed(1))
+    ready: dict[str, Contestant] = {}
+    found: dict[str, Any] = {}
+    for name in ("ours", *args.peer):
+        try:
+            ready[name] = CONTESTANTS[name](size, folder, dtype, rows)
+        except ImportError as error:
+            found[name] = f"not installed ({error})"
+    tokens = {name: contestant.generate(prompts, args.new_tokens) for name, contestant in ready.items()}
+    rounds: dict[str, list[Round]] = {name: [] for name in ready}
+    for _ in range(args.rounds):
+        for name, contestant in ready.items():
+            rounds[name].append(one_round(contestant, prompts, args.new_tokens))
+    agreed = agreement(tokens, dtype)
+    context = args.prompt + args.new_tokens / 2
+    roofline = read_bandwidth()
+    for name, timed in rounds.items():
+        weight = DTYPES[dtype][1] if name == "ours" else DTYPES[dtype][0].itemsize
+        needed = size.bytes_read(weight, rows, context, DTYPES[dtype][0].itemsize)
+        found[name] = summary(timed, rounds["ours"], rows, needed, roofline)
+    return {"roofline_GB_s": roofline / 1e9, "tokens_agree": agreed, "contestants": found}
+
+
+def agreement(tokens: dict[str, list[list[int]]], dtype: str) -> float | None:
+    """Share of our tokens that are also transformers', up to the first difference of each row.
+
+    Raises:
+        ConfigError: not all of them, in fp32.
+    """
+    if "transformers" not in tokens:
+        return None
+    alike = total = 0
+    for mine, theirs in zip(tokens["ours"], tokens["transformers"], strict=True):
+        first = next((i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]), len(mine))
+        alike, total = alike + first, total + len(mine)
+    if dtype == "fp32" and alike < total:
+        raise ConfigError(f"ours and transformers agree on {alike} of {total} tokens only.")
+    return alike / total
+
+
+def summary(timed: list[Round], own: list[Round], rows: int, needed: float, roofline: float) -> dict[str, float]:
+    """Figures of one contestant; `own` are our rounds that ran beside its."""
+    median = statistics.median
+    seconds, least = median(token for r in timed for token in r.tokens), least_disturbed(timed)
+    return {
+        "token_ms": 1e3 * seconds,
+        "best_token_ms": 1e3 * least,
+        "tokens_per_s": rows / seconds,
+        "GB_per_s": needed / seconds / 1e9,
+        "best_GB_per_s": needed / least / 1e9,
+        "of_roofline": needed / least / roofline,
+        "prompt_ms": 1e3 * median(r.prompt for r in timed),
+        "token_ratio": median(median(a.tokens) / median(b.tokens) for a, b in zip(timed, own, strict=True)),
+        "best_ratio": least / least_disturbed(own),
+        "prompt_ratio": min(r.prompt for r in timed) / min(r.prompt for r in own),
+    }
+
+
+def least_disturbed(rounds: list[Round]) -> float:
+    """Seconds of a token: the first decile over all rounds."""
+    tokens = sorted(token for r in rounds for token in r.tokens)
+    return tokens[len(tokens) // 10]
+
+
+# ---- the table --------------------------------------------------------------------------------------------------
+
+
+def print_case(title: str, case: dict[str, Any]) -> None:
+    """A few lines; ratios say how many times as long as ours a contestant takes."""
+    agreed = case["tokens_agree"]
+    alike = "" if agreed is None else f", {agreed:.0%} of tokens as transformers"
+    print(f"{title}: memory read at {case['roofline_GB_s']:.1f} GB/s{alike}")
+    print(
+        "                  tokens/s  ms/token (best)    best GB/s  of roofline  prompt ms   x ours: token  best prompt"
+    )
+    for name, found in case["contestants"].items():
+        if isinstance(found, str):
+            print(f"  {name:<14}  did not run: {found}")
+            continue
+        print(
+            f"  {name:<14}{found['tokens_per_s']:10.1f}{found['token_ms']:10.2f} ({found['best_token_ms']:6.2f})"
+            f"{found['best_GB_per_s']:11.1f}{found['of_roofline']:12.0%}{found['prompt_ms']:12.1f}"
+            f"{found['token_ratio']:15.2f}{found['best_ratio']:6.2f}{found['prompt_ratio']:7.2f}",
+            flush=True,
+        )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", action="append", choices=tuple(SIZES), help="(default: both)")
+    parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="(default: all)")
+    parser.add_argument("--rows", action="append", type=int, help="sequences at a time (default: 1 and 8)")
+    parser.add_argument("--threads", action="append", type=int, help="(default: 1 and 2)")
+    parser.add_argument("--peer", action="append", choices=PEERS, help="beside whom (default: all)")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main() -> int:
+    """Measure and print."""
+    args = build_parser().parse_args()
+    args.peer = args.peer or list(PEERS)
+    table = []
+    for name in args.size or SIZES:
+        with weights_for(SIZES[name]) as folder:
+            for threads in args.threads or (1, 2):
+                torch.set_num_threads(threads)
+                for dtype in args.dtype or DTYPES:
+                    for rows in args.rows or (1, 8):
+                        case = measure(SIZES[name], folder, dtype, rows, args)
+                        table.append({"size": name, "dtype": dtype, "rows": rows, "threads": threads, **case})
+                        if not args.json:
+                            print_case(f"{name}, {dtype}, {rows} rows, {threads} threads", case)
+    if args.json:
+        print(json.dumps({"sizes": {k: asdict(v) for k, v in SIZES.items()}, "cases": table}))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
