@@ -210,8 +210,8 @@ class Columns(NamedTuple):
 # ---- the model ----------------------------------------------------------------------------------------------------
 
 
-def _check_model(model: nn.Module, request: Request) -> None:
-    """Raise ConfigError when the model cannot do what is asked."""
+def check_forward(model: nn.Module) -> None:
+    """Raise ConfigError when `model` has not the forward of a `CausalModel`."""
     taken = inspect.signature(model.forward).parameters
     words = [name for name in inspect.signature(CausalModel.forward).parameters if name not in ("self", "input_ids")]
     missing = [name for name in words if name not in taken]
@@ -220,6 +220,11 @@ def _check_model(model: nn.Module, request: Request) -> None:
             f"{type(model).__name__} cannot generate: its forward takes no {', '.join(missing)} "
             "(see inference.generate.CausalModel)."
         )
+
+
+def _check_model(model: nn.Module, request: Request) -> None:
+    """Raise ConfigError when the model cannot do what is asked."""
+    check_forward(model)
     request.check_fits(_of_config(model, "vocab_size"), _of_config(model, "max_positions"))
 
 

@@ -29,6 +29,16 @@ class SameOnAllRanks:
         names = () if mesh is None else mesh.mesh_dim_names or ()
         self._groups = [mesh[name].get_group() for name in names if mesh is not None and mesh[name].size() > 1]
 
+    @property
+    def alone(self) -> bool:
+        """Whether there are no others."""
+        return not self._groups
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the mesh's first rank."""
+        return all(dist.get_rank(group) == 0 for group in self._groups)
+
     def first(self, tokens: Tensor) -> Tensor:
         """What the mesh's first rank has, on all of them (in place). Collective.
 

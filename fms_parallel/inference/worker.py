@@ -1,0 +1,126 @@
+"""`Worker`: one step: the planned rows' pieces through the model, their new tokens back into the rows.
+
+It knows rows, blocks, a runner and a proposer; who takes part is decided by the scheduler, who is told by the engine.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from fms_parallel.errors import FmsError
+from fms_parallel.inference.draft import Proposal
+from fms_parallel.inference.kv_manager import Storage
+from fms_parallel.inference.ragged import Piece
+from fms_parallel.inference.row import Row
+from fms_parallel.inference.runner import Runner
+from fms_parallel.inference.scheduler import Scheduler
+from fms_parallel.inference.setup import Proposer
+from fms_parallel.log import get_logger
+
+log = get_logger(__name__)
+
+Planned = Sequence[tuple[Row, int]]
+"""Rows of one step, and how many of their uncomputed tokens each computes."""
+
+
+class Worker:
+    """Runs steps.
+
+    Args:
+        forget: called with a row that has ended, before its owner is told.
+    Attributes:
+        counts: of steps, drafted and accepted tokens.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        storage: Storage | None,
+        proposer: Proposer | None,
+        forget: Callable[[Row], None],
+    ) -> None:
+        self.runner, self.scheduler, self.storage, self.proposer = runner, scheduler, storage, proposer
+        self.forget, self.counts = forget, Counter[str]()
+
+    def run(self, planned: Planned) -> None:
+        """One forward. A row whose logits are no distribution ends with an error, and so do all when it fails.
+
+        Raises:
+            what the forward raised, when it failed with other ranks in it: they may not have.
+        """
+        proposals = self._propose(planned)
+        pieces = [self._piece(row, count) for row, count in planned]
+        ready = [row for (row, _), piece in zip(planned, pieces, strict=True) if piece.wanted]
+        asks, drafts = [row.asks() for row in ready], [proposals.get(row.number, ([], None)) for row in ready]
+        try:
+            answers = self.runner.choose(pieces, self.storage, asks, drafts)
+        except Exception as error:
+            self._lose(planned, error)
+            return
+        self.counts["steps"] += 1
+        for row, count in planned:
+            row.computed += count
+        news = []
+        for row, chosen in zip(ready, answers, strict=True):
+            self.counts.update(drafted=len(row.drafted), accepted=len(chosen) - 1)
+            right = len(row.tokens) + len(chosen) - 1  # so many tokens, drafted ones included, were computed rightly
+            news.append(row.take(chosen))
+            row.drafted, row.computed = (), min(right, len(row.tokens) - 1)
+            if self.proposer is not None:
+                self.proposer.took(row, right)
+        for row, _ in planned:
+            self._settle(row)
+        for row, (taken, text) in zip(ready, news, strict=True):
+            ended = row.finish is not None
+            row.tell(taken, text)
+            if row.finish is not None and not ended:  # its owner could not take it
+                self.forget(row)
+
+    def _settle(self, row: Row) -> None:
+        """Offer a row's full blocks to others; let it go when it has ended."""
+        pool = self.scheduler.pool
+        if pool is None:
+            row.computed = 0
+        elif row.table is not None and row.error is None:
+            pool.computed(row.table, row.tokens, row.computed)
+        if row.finish is not None:
+            self.forget(row)
+
+    def _piece(self, row: Row, count: int) -> Piece:
+        pool, start, stop = self.scheduler.pool, row.computed, row.computed + count
+        last = stop == len(row.tokens)
+        tokens = row.tokens[start:stop] + (list(row.drafted) if last else [])
+        wanted = 1 + len(row.drafted) if last else 0
+        if pool is None or row.table is None:
+            return Piece(tokens, start, wanted)
+        end = start + len(tokens)
+        return Piece(tokens, start, wanted, pool.places(row.table, start, end), pool.runs(row.table, end))
+
+    def _propose(self, planned: Planned) -> dict[int, Proposal]:
+        """Tokens behind the last of each row that decodes, as far as its cache and its request allow."""
+        if self.proposer is None:
+            return {}
+        whole = self.scheduler.pool is None
+        rows = [row for row, count in planned if row.left == count and (count == 1 or whole) and row.begun]
+        found = self.proposer.propose(rows, [self._most_drafted(row) for row in rows])
+        for row, (drafted, _) in zip(rows, found, strict=True):
+            row.drafted = drafted
+        return {row.number: proposal for row, proposal in zip(rows, found, strict=True)}
+
+    def _most_drafted(self, row: Row) -> int:
+        most = min(self.scheduler.draft, row.options.max_new_tokens - len(row.new) - 1)
+        return most if most > 0 and self.scheduler.grow_for_draft(row, len(row.tokens) + most) else 0
+
+    def _lose(self, planned: Planned, error: Exception) -> None:
+        """The forward failed: these requests cannot go on, others can. With other ranks nobody can know."""
+        log.error("a step failed", exc_info=error)
+        failure = error if isinstance(error, FmsError) else FmsError(f"the model failed: {error!r}.")
+        failure.__cause__ = error.__cause__ if failure is error else error
+        for row, _ in planned:
+            row.fail(failure)
+            self.forget(row)
+            row.tell(())
+        if not self.runner.alone:
+            raise error

@@ -1,0 +1,134 @@
+"""Blocks: who has which, what is shared, what comes back."""
+
+from __future__ import annotations
+
+import random
+
+from fms_parallel.inference.paged import BlockPool, Table
+
+
+def begun(pool: BlockPool, tokens: list[int], expected: int = 0) -> tuple[Table, int]:
+    found = pool.begin(tokens, expected)
+    assert found is not None
+    return found
+
+
+def test_rows_with_the_same_beginning_have_the_same_full_blocks() -> None:
+    pool = BlockPool(8, 4)
+    first, found = begun(pool, [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    assert found == 0
+    pool.computed(first, [1, 2, 3, 4, 5, 6, 7, 8, 9], 9)
+    second, found = begun(pool, [1, 2, 3, 4, 5, 6, 7, 8, 10, 11])
+    assert found == 8
+    assert second.blocks[:2] == first.blocks[:2]
+    assert second.blocks[2] != first.blocks[2]
+    assert pool.in_use == 4
+
+
+def test_last_token_is_always_computed_anew() -> None:
+    pool = BlockPool(8, 4)
+    table, _ = begun(pool, list(range(8)))
+    pool.computed(table, list(range(8)), 8)
+    assert begun(pool, list(range(8)))[1] == 4
+    assert begun(pool, list(range(9)))[1] == 8
+
+
+def test_block_is_known_by_all_that_is_before_it() -> None:
+    pool = BlockPool(8, 2)
+    table, _ = begun(pool, [1, 1, 2, 2, 3])
+    pool.computed(table, [1, 1, 2, 2, 3], 5)
+    assert begun(pool, [2, 2, 3])[1] == 0
+    assert begun(pool, [9, 9, 2, 2, 3])[1] == 0
+
+
+def test_content_outlives_its_row_until_memory_is_needed_oldest_first() -> None:
+    pool = BlockPool(4, 2)
+    for tokens in ([1, 1, 0], [2, 2, 0]):
+        table, _ = begun(pool, tokens)
+        pool.computed(table, tokens, 2)
+        pool.end(table)
+    assert (pool.in_use, pool.kept, pool.available) == (0, 2, 4)
+    full, _ = begun(pool, [7, 7, 7, 7, 7])  # the two free ones, and the older kept one
+    assert pool.kept == 1
+    pool.end(full)
+    assert begun(pool, [1, 1, 0])[1] == 0
+    assert begun(pool, [2, 2, 0])[1] == 2
+
+
+def test_too_few_blocks_change_nothing() -> None:
+    pool = BlockPool(3, 2)
+    table, _ = begun(pool, [1, 2, 3])
+    pool.computed(table, [1, 2, 3], 2)
+    assert pool.begin([1, 2, 3, 4, 5, 6, 7]) is None
+    assert pool.in_use == 2
+    assert not pool.grow(table, 7)
+    assert len(table.blocks) == 2
+
+
+def test_row_grows_behind_itself_and_is_one_run() -> None:
+    pool = BlockPool(16, 4)
+    first, _ = begun(pool, list(range(5)), expected=24)
+    second, _ = begun(pool, list(range(50, 55)), expected=24)
+    for length in range(6, 25):
+        assert pool.grow(first, length)
+        assert pool.grow(second, length)
+    assert len(pool.runs(first, 24)) == 1
+    assert pool.runs(second, 22)[0][1] >= 16
+    assert sum(count for _, count in pool.runs(second, 22)) == 22
+
+
+def test_fork_shares_full_blocks_and_copies_the_rest() -> None:
+    pool = BlockPool(8, 4)
+    table, _ = begun(pool, [1, 2, 3, 4, 5, 6])
+    pool.computed(table, [1, 2, 3, 4, 5, 6], 6)
+    forked = pool.fork(table, 6)
+    assert forked is not None
+    other, copied, target = forked
+    assert other.blocks[0] == table.blocks[0]
+    assert copied == (table.blocks[1] * 4, 2)
+    assert target == other.blocks[1] * 4 != copied[0]
+    pool.end(table)
+    assert pool.in_use == 2
+    pool.end(other)
+    assert pool.in_use == 0
+
+
+def test_whole_rows_are_single_blocks_without_sharing() -> None:
+    pool = BlockPool(2, 64, share=False)
+    first, _ = begun(pool, [1, 2, 3])
+    pool.computed(first, [1] * 64, 64)
+    second, found = begun(pool, [1] * 60)
+    assert found == 0
+    assert pool.runs(second, 60) == [(second.blocks[0] * 64, 60)]
+    assert pool.begin([1]) is None
+
+
+def test_random_rows_never_share_what_differs_and_all_blocks_come_back() -> None:
+    """Against a memory that is written and read in full: each place holds its token and all before it."""
+    draw = random.Random(0)
+    pool, memory = BlockPool(24, 4), {}
+    rows: list[tuple[Table, list[int], int]] = []
+    for _ in range(3000):
+        if rows and draw.random() < 0.4:
+            table, tokens, done = rows.pop(draw.randrange(len(rows)))
+            pool.end(table)
+        elif rows and draw.random() < 0.6:
+            at = draw.randrange(len(rows))
+            table, tokens, done = rows[at]
+            if not pool.grow(table, len(tokens)):
+                continue
+            for place, position in zip(pool.places(table, done, len(tokens)), range(done, len(tokens)), strict=True):
+                memory[place] = tuple(tokens[: position + 1])
+            pool.computed(table, tokens, len(tokens))
+            rows[at] = table, [*tokens, draw.randrange(2)], len(tokens)
+        else:
+            tokens = [draw.randrange(2) for _ in range(draw.randrange(1, 30))]
+            if (found := pool.begin(tokens, 30)) is not None:
+                rows.append((found[0], tokens, found[1]))
+        for table, tokens, done in rows:
+            held = [memory[place] for place in pool.places(table, 0, done)]
+            assert held == [tuple(tokens[: n + 1]) for n in range(done)]
+    for table, _, _ in rows:
+        pool.end(table)
+    assert pool.in_use == 0
+    assert pool.shared_tokens > 0
