@@ -8,7 +8,7 @@ LIBRARY = find_packages(include=["fms_parallel*"], exclude=["fms_parallel.models
 MODELS = ["fms_parallel.models", *(f"fms_parallel.models.{name}" for name in find_packages("models"))]
 
 EXTRAS = {
-    "hf": ["transformers>=5", "tokenizers"],
+    "hf": ["transformers>=4.57", "tokenizers"],
     "plan": ["scipy"],
     "plot": ["matplotlib"],
     "ui": ["tqdm"],

@@ -5,6 +5,7 @@ Nothing else in the library imports a torch name with a leading underscore. Test
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -279,8 +280,8 @@ def needs_values(error: BaseException) -> bool:
 
 
 @contextmanager
-def watch_operations(saw: Callable[[Any, list[Tensor], list[Tensor], int], None]) -> Iterator[None]:
-    """Inside, `saw(operation, tensor arguments, tensor results, flops)` is told of every operation below autograd."""
+def watch_operations(saw: Callable[[bool, list[Tensor], list[Tensor], int], None]) -> Iterator[None]:
+    """Inside, `saw(writes into an argument, tensors read, tensors made, flops)` of every operation below autograd."""
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
     from torch.utils.flop_counter import flop_registry
@@ -292,7 +293,8 @@ def watch_operations(saw: Callable[[Any, list[Tensor], list[Tensor], int], None]
             count = flop_registry.get(func.overloadpacket)
             flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
             given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            saw(func, given, [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)], flops)
+            made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+            saw(func._schema.is_mutable, given, made, flops)
             return out
 
     with Watch():
@@ -448,3 +450,26 @@ def has_unreduced_gradients(model: nn.Module) -> bool:
         for group in groups
         for parameter in group.fsdp_params
     )
+
+
+# ---- graphs -----------------------------------------------------------------------------------------------------
+
+
+def trace_operations(run: Callable[..., Any], *args: Any) -> Any:
+    """The FX graph of the operations that `run(*args)` calls, composite ones whole; args are trees of fake tensors."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    noisy = logging.getLogger("torch._subclasses.fake_tensor")  # shows the traceback of errors that callers answer
+    before, noisy.disabled = noisy.disabled, True
+    try:
+        return make_fx(run, pre_dispatch=True)(*args).graph
+    finally:
+        noisy.disabled = before
+
+
+def traced_so_far() -> Any:
+    """The newest node of the graph that is being traced; None outside of a trace."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    return None if mode is None else next(iter(reversed(mode.tracer.graph.nodes)), None)

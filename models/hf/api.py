@@ -144,7 +144,7 @@ def _wrapper() -> Any:
 
 
 def _refuse_others(others: dict[str, Any]) -> None:
-    strange = [f"{n}={v!r}" for n, v in others.items() if n not in WITHOUT_EFFECT]
+    strange = [f"{n}={v!r}" for n, v in others.items() if n not in WITHOUT_EFFECT and v is not None]
     asked = [n for n in ("output_attentions", "output_hidden_states") if others.get(n)]
     if strange or asked:
         raise ConfigError(f"not supported by a wrapped model: {', '.join(strange + asked)}. It would be ignored.")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fms_parallel.errors import ConfigError, LayoutError
 from fms_parallel.models import get_config, get_model, list_variants, save_hf
 from fms_parallel.models.llama import LLaMAConfig, config_from_hf, config_to_hf, hf_adapter
+from tests.models.parity import config_words
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -55,7 +56,7 @@ for name in ("low_freq_factor", "high_freq_factor"):
 def theirs(folder: Path, **options: Any) -> nn.Module:
     """A transformers model with no constant parameter, saved to `folder`."""
     torch.manual_seed(0)
-    model: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(TINY | options)))
+    model: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(TINY | config_words(options))))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)

@@ -1,0 +1,164 @@
+"""Styles for what inference finds beside plain linear layers, and the words for them in a tensor plan.
+
+    Columns(parts=(32, 32, 32))         query, key and value in one matrix: this rank's share of each
+    Columns(parts, transposed=True)     a matrix `[in, out]` that is multiplied from the right (GPT-2's Conv1D)
+    Rows(transposed=True)               such a matrix, cut along what it reads
+    Features()                          an embedding cut along its width: a position bias with a value for each head
+    Numbers(("num_heads",))             no cut: these attributes are divided by tp
+
+A matrix with several parts is whole on every rank, which computes with its share and sums gradients: a piece of it is
+no box of the stored tensor, and checkpoints, shards and saving know boxes. It knows single modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from fms_parallel.distributed.collectives import Axis
+from fms_parallel.modules.tp import local
+from fms_parallel.strategy.styles import Door, PartialStyle, PlannedStyle
+
+
+class Word:
+    """A word of a tensor plan that needs more than a name."""
+
+    def style(self, name: str, sp: bool, door: Door, recurse: bool) -> PlannedStyle | None:
+        """What it does to the module `name`; None: nothing that torch has to do."""
+        return None
+
+
+@dataclass(frozen=True)
+class Columns(Word):
+    """Cut along the output, which consists of `parts`."""
+
+    parts: tuple[int, ...]
+    transposed: bool = False
+
+    def style(self, name: str, sp: bool, door: Door, recurse: bool) -> PlannedStyle:
+        """As `Word.style`."""
+        if len(self.parts) > 1:
+            return PackedColumns(self, name, sp, door, recurse)
+        return TransposedColumns(name, sp, door, recurse)
+
+
+@dataclass(frozen=True)
+class Rows(Word):
+    """Cut along the input."""
+
+    transposed: bool = True
+
+    def style(self, name: str, sp: bool, door: Door, recurse: bool) -> PlannedStyle:
+        """As `Word.style`."""
+        return TransposedRows(name, sp, door, recurse)
+
+
+@dataclass(frozen=True)
+class Features(Word):
+    """An embedding cut along its width."""
+
+    def style(self, name: str, sp: bool, door: Door, recurse: bool) -> PlannedStyle:
+        """As `Word.style`."""
+        return FeaturesStyle(name, sp, door, recurse)
+
+
+@dataclass(frozen=True)
+class Numbers(Word):
+    """Attributes of a module that count what each rank has 1/tp of."""
+
+    names: tuple[str, ...]
+
+
+class PackedColumns(PartialStyle):
+    """Whole parameters, of which this rank uses its share of each part; begins a region."""
+
+    def __init__(self, word: Columns, name: str, sp: bool, door: Door, recurse: bool = True) -> None:
+        super().__init__(name, sp, door, recurse)
+        self.word = word
+        self.advice = "its share should differ between the ranks. Give a tensor_plan."
+
+    def run(self, module: nn.Module, inner: Callable[..., Any], x: Tensor) -> Tensor:
+        x = self.door.enter(x, self.axis)
+        with self.plain_parameters(module):
+            weight, bias = module._parameters["weight"], module._parameters.get("bias")
+            assert weight is not None
+            weight = weight.t() if self.word.transposed else weight
+            return F.linear(x, self.share(weight), None if bias is None else self.share(bias))
+
+    def share(self, whole: Tensor) -> Tensor:
+        """This rank's rows of each part, beside each other."""
+        return torch.cat([part[slice(*_chunk(self.axis, len(part)))] for part in whole.split(self.word.parts)])
+
+
+def _chunk(axis: Axis, length: int) -> tuple[int, int]:
+    return axis.rank * length // axis.size, (axis.rank + 1) * length // axis.size
+
+
+class TransposedColumns(PlannedStyle):
+    """`x W + b` with W `[in, out]` cut along its output; begins a region."""
+
+    def placement(self, name: str) -> Placement:
+        return Shard(1) if name == "weight" else Shard(0)
+
+    def run(self, module: nn.Module, inner: Callable[..., Any], x: Tensor) -> Tensor:
+        x = self.door.enter(x, self.axis)
+        with self.plain_parameters(module):
+            weight = module._parameters["weight"]
+            assert weight is not None
+            return F.linear(x, weight.t(), module._parameters.get("bias"))
+
+
+class TransposedRows(PlannedStyle):
+    """`x W + b` with W `[in, out]` cut along its input; the sum ends the region, the bias is added once."""
+
+    def placement(self, name: str) -> Placement:
+        return Shard(0) if name == "weight" else Replicate()
+
+    def run(self, module: nn.Module, inner: Callable[..., Any], x: Tensor) -> Tensor:
+        weight, bias = module._parameters["weight"], module._parameters.get("bias")
+        assert weight is not None
+        y = self.leave(F.linear(x, local(weight).t()))
+        return y if bias is None else y + local(bias, Replicate())
+
+
+class FeaturesStyle(PlannedStyle):
+    """An embedding whose width is cut: each rank looks up its own features, all rows."""
+
+    def placement(self, name: str) -> Placement:
+        return Shard(1)
+
+    def run(self, module: nn.Module, inner: Callable[..., Any], ids: Tensor) -> Tensor:
+        with self.plain_parameters(module):
+            found: Tensor = inner(ids)
+        return found
+
+
+def use_words(
+    model: nn.Module, plan: Mapping[str, ParallelStyle], words: Mapping[str, Word], tp: int
+) -> dict[str, ParallelStyle]:
+    """The plan with the styles of these modules in place of the ones it has, and numbers divided on the modules.
+
+    Args:
+        plan: as `generate_layer_plan` makes it, where the modules of `words` are replicated.
+    """
+    found = dict(plan)
+    for name, word in words.items():
+        if isinstance(word, Numbers):
+            module = model.get_submodule(name)
+            for attribute in word.names:
+                if hasattr(module, attribute):
+                    setattr(module, attribute, getattr(module, attribute) // tp)
+            continue
+        before = plan[name]
+        assert isinstance(before, PlannedStyle)
+        style = word.style(name, before.sp, before.door, before.recurse)
+        assert style is not None
+        found[name] = style
+    return found
