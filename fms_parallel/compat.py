@@ -130,8 +130,10 @@ def dtensor_like(parameter: Tensor, local: Tensor) -> Tensor:
     return DTensor(local, parameter._spec, requires_grad=False) if isinstance(parameter, DTensor) else local
 
 
-def schedule_of_cells(stages: list[Any], micro_batches: int, loss: Callable[..., Tensor], cells: list[list[str]]) -> Any:
-    """A pipeline schedule whose ranks do what `cells[rank]` say, as a CSV file of torch's has it; torch adds the sends."""
+def schedule_of_cells(
+    stages: list[Any], micro_batches: int, loss: Callable[..., Tensor], cells: list[list[str]]
+) -> Any:
+    """A pipeline schedule whose ranks do what `cells[rank]` say, as a CSV file of torch's has it; it adds the sends."""
     from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
 
     schedule = _PipelineScheduleRuntime(stages, micro_batches, loss_fn=loss, scale_grads=False)
@@ -151,7 +153,7 @@ def forwards_only(schedule: Any) -> Iterator[None]:
     whole = getattr(schedule, "pipeline_order_with_comms", None)  # schedules of one stage per rank have none
     if whole is not None:
         kept = (Kind.FORWARD, Kind.SEND_F, Kind.RECV_F, Kind.UNSHARD, Kind.RESHARD)
-        parts = {rank: [part for action in row for part in action.sub_actions or (action,)] for rank, row in whole.items()}
+        parts = {rank: [part for a in row for part in a.sub_actions or (a,)] for rank, row in whole.items()}
         forwards = {rank: [part for part in row if part.computation_type in kept] for rank, row in parts.items()}
         schedule.pipeline_order_with_comms = forwards
     try:
@@ -400,7 +402,7 @@ def group_of_collective(func: Any, args: tuple[Any, ...]) -> dist.ProcessGroup |
 
 
 def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """How long every later collective of `group` waits. Mesh dimensions start with half an hour, whatever the job has."""
+    """How long every later collective of `group` waits. Mesh dimensions start with half an hour, whatever the job's."""
     from torch.distributed.distributed_c10d import _set_pg_timeout
 
     if dist.get_backend(group) in ("gloo", "nccl"):  # others, such as torch's fake one, wait for nobody
@@ -425,7 +427,7 @@ def mesh_groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
 
 
 def close_mesh(mesh: DeviceMesh) -> None:
-    """Destroy a mesh's process groups. Torch's caches keep meshes alive, and those their groups' threads: let go here."""
+    """Destroy a mesh's process groups. torch's caches keep meshes alive, and so their groups' threads: let go here."""
     groups = mesh_groups(mesh)
     root = mesh._get_root_mesh()
     for one in (root, *root._flatten_mapping.values()):

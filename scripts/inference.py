@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--override", action="append", default=[], metavar="FIELD=VALUE", help="replace a config field")
     model.add_argument("--model_path", help="safetensors file or folder")
     model.add_argument("--checkpoint_format", help="whose keys --model_path has: hf, meta, native (default: found out)")
+    model.add_argument("--linear_type", help="how matrices are stored: int8 rounds them while they are read")
     model.add_argument("--tokenizer", help="char or a file (default: the run's, else char)")
     model.add_argument("--distributed", help='the layout, such as "tp=2"; without it one process')
     model.add_argument("--device_type", default="cpu", choices=("cpu", "cuda"))
@@ -111,6 +112,7 @@ def generate_with(args: argparse.Namespace, layout: ParallelLayout, overrides: d
             args.device_type,
             distributed_strategy=layout,
             fill=checkpoint,
+            linear_type=args.linear_type,
             **overrides,
         )
         texts = generate_text(model, tokenizer, args.prompt, seed=args.seed, use_cache=args.use_cache, **words)

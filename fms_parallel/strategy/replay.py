@@ -76,8 +76,8 @@ class _Call:
             return
         count = len(self._slots)
         raise TrainingError(
-            f"recompute: a block kept {count} tensors in its forward pass and {count - left} when it was run again: its "
-            "forward must do the same both times."
+            f"recompute: a block kept {count} tensors in its forward pass and {count - left} when it was run again: "
+            "its forward must do the same both times."
         )
 
 
