@@ -35,7 +35,7 @@ EPSILON = 1e-4
 into a whole step, in one process as well.
 """
 
-NUMBERS = ("dtype", "batch_size", "seq_len", "vocab_size", "grad_accum_steps", "seed")
+NUMBERS = ("dtype", "batch_size", "seq_len", "vocab_size", "grad_accum_steps", "steps", "seed")
 """Flags that are arguments of `verify`."""
 
 
@@ -76,6 +76,7 @@ def verify(
     seq_len: int = 32,
     vocab_size: int | None = None,
     grad_accum_steps: int = 1,
+    steps: int = 1,
     seed: int = 0,
     **arguments: Any,
 ) -> Report:
@@ -85,19 +86,22 @@ def verify(
         factory: called with `distributed_strategy=` and `arguments`; returns a model that `model_loss` can train.
         batch_size: global rows, with some labels left out. vocab_size: of the random tokens; None asks the config.
         grad_accum_steps: micro-batches that each rank of the layout works on its rows in.
+        steps: optimizer steps, each on other rows; loss, gradients and norm of the last one are compared.
     Raises:
-        ConfigError: rows that do not divide, a dtype without a tolerance, a model without a vocabulary size.
+        ConfigError: no step, rows that do not divide, a dtype without a tolerance, a model without a vocabulary size.
     """
     if dtype not in TOLERANCE:
         raise ConfigError(f"dtype {dtype!r}: exactness is defined for {', '.join(TOLERANCE)}.")
+    if steps < 1:
+        raise ConfigError(f"steps={steps}: there is nothing to compare before the first step.")
     layout = replace(layout, precision=dtype)
     reference = factory(distributed_strategy=ParallelLayout(precision=dtype), **arguments)
     model = factory(distributed_strategy=layout, **arguments)
     vocab_size = vocab_size or getattr(getattr(reference, "config", None), "vocab_size", None)
     if vocab_size is None:
         raise ConfigError("the model has no config.vocab_size: give --vocab_size.")
-    rows = _rows(batch_size, seq_len, vocab_size, seed)
-    expected, got = _one_step(reference, rows, seed, 1), _one_step(model, rows, seed, grad_accum_steps)
+    rows = [_rows(batch_size, seq_len, vocab_size, seed + step) for step in range(steps)]
+    expected, got = _steps(reference, rows, seed, 1), _steps(model, rows, seed, grad_accum_steps)
     gradient, worst_gradient = _worst(expected.gradients, got.gradients)
     update, worst_update = _worst(expected.weights, got.weights)
     return Report(
@@ -139,9 +143,8 @@ def _rows(batch_size: int, seq_len: int, vocab: int, seed: int) -> Any:
     return Batch(tokens[:, :-1], labels)
 
 
-def _one_step(model: nn.Module, rows: Any, seed: int, pieces: int) -> Step:
-    """Forward, backward and one AdamW step over this rank's rows, worked on in so many pieces."""
-    from fms_parallel.data.feed import Batch
+def _steps(model: nn.Module, rows: Sequence[Any], seed: int, pieces: int) -> Step:
+    """AdamW steps over this rank's part of each of `rows`, worked on in so many pieces; the last one's outcome."""
     from fms_parallel.distributed.mesh import data_shard
     from fms_parallel.modules.dropout import Dropout
     from fms_parallel.strategy.base import parallel_of
@@ -149,23 +152,32 @@ def _one_step(model: nn.Module, rows: Any, seed: int, pieces: int) -> Step:
     from fms_parallel.training.options import TrainOptions
     from fms_parallel.training.step import dropout_keys, train_step
 
-    index, count = data_shard(parallel_of(model).mesh)
-    if len(rows.input_ids) % (count * pieces):
-        raise ConfigError(f"{len(rows.input_ids)} rows do not divide into {count} shards x {pieces} micro-batches.")
-    per_rank = len(rows.input_ids) // count
-    mine = slice(index * per_rank, (index + 1) * per_rank)
-    batches = list(Batch(rows.input_ids[mine], rows.labels[mine]).split(pieces))
+    shard = data_shard(parallel_of(model).mesh)
     drops = any(isinstance(module, Dropout) and module.p > 0 for module in model.modules())
-    keys = dropout_keys(batches, seed, index) if drops else None
     model.train()
     optimizer = make_optimizer(model, TrainOptions(lr=1e-3))
     for group in optimizer.param_groups:
         group["eps"] = EPSILON
-    result = train_step(model, optimizer, batches, max_grad_norm=None, keys=keys, check_gradients=True)
+    for number, whole in enumerate(rows):
+        batches = _mine(whole, shard, pieces)
+        keys = dropout_keys(batches, seed + number, shard[0]) if drops else None
+        result = train_step(model, optimizer, batches, max_grad_norm=None, keys=keys, check_gradients=True)
     parameters = dict(model.named_parameters())
     return Step(
         result.loss, result.grad_norm, {n: p.grad for n, p in parameters.items() if p.grad is not None}, parameters
     )
+
+
+def _mine(rows: Any, shard: tuple[int, int], pieces: int) -> list[Any]:
+    """This rank's part of the rows, in pieces. Raises ConfigError: they do not divide."""
+    from fms_parallel.data.feed import Batch
+
+    index, count = shard
+    if len(rows.input_ids) % (count * pieces):
+        raise ConfigError(f"{len(rows.input_ids)} rows do not divide into {count} shards x {pieces} micro-batches.")
+    per_rank = len(rows.input_ids) // count
+    mine = slice(index * per_rank, (index + 1) * per_rank)
+    return list(Batch(rows.input_ids[mine], rows.labels[mine]).split(pieces))
 
 
 def _worst(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> tuple[float, str]:
@@ -218,6 +230,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=8, help="global rows (default: %(default)s)")
     parser.add_argument("--seq_len", type=int, default=32, help="tokens of a row (default: %(default)s)")
     parser.add_argument("--grad_accum_steps", type=int, default=1, help="micro-batches per rank (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--vocab_size", type=int, help="of the random tokens (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="of tokens and dropout (default: %(default)s)")
     parser.add_argument("--tolerance", type=float, help=f"(default: {TOLERANCE})")
@@ -283,7 +296,7 @@ def _as_text(report: Report, tolerance: float, exact: bool) -> str:
         f"  loss      {report.loss:.9f}  relative error {report.loss_error:.1e}\n"
         f"  gradients {report.gradient_error:.1e}  worst: {report.worst_gradient}\n"
         f"  norm      {report.norm_error:.1e}\n"
-        f"  one step  {report.update_error:.1e}  worst: {report.worst_update}\n"
+        f"  weights   {report.update_error:.1e}  worst: {report.worst_update}\n"
         f"{'exact' if exact else 'NOT EXACT'}: worst {report.worst:.1e}, tolerance {tolerance:.0e}\n"
     )
 

@@ -69,7 +69,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 def compare(layout: str, config: dict[str, Any], dtype: str, pieces: int) -> Report:
     with poisoned_memory():
         parsed = ParallelLayout.parse(layout)
-        return verify(shaken_llama, parsed, dtype=dtype, seq_len=13, grad_accum_steps=pieces, **(TINY | config))
+        numbers = {"dtype": dtype, "seq_len": 13, "grad_accum_steps": pieces, "steps": 3}
+        return verify(shaken_llama, parsed, **numbers, **(TINY | config))
 
 
 @pytest.mark.parametrize(("layout", "config"), CASES, ids=[f"{layout}-{'-'.join(config)}" for layout, config in CASES])

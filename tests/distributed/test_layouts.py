@@ -66,7 +66,9 @@ def compare(layout: str, config: dict[str, Any], dtype: str, pieces: int) -> Rep
     """One rank of one case."""
     with poisoned_memory():
         parsed = ParallelLayout.parse(layout)
-        return verify(shaken_llama, parsed, dtype=dtype, seq_len=13, grad_accum_steps=pieces, **(TINY | config))
+        return verify(
+            shaken_llama, parsed, dtype=dtype, seq_len=13, grad_accum_steps=pieces, steps=3, **(TINY | config)
+        )
 
 
 def ranks_of(layout: str) -> int:
