@@ -1,4 +1,4 @@
-"""Each private or renamed torch API behind `fms_parallel/compat.py`, against what its public counterpart gives."""
+"""Each private or renamed torch API behind `fms_parallel.compat`, against what its public counterpart gives."""
 
 from __future__ import annotations
 
@@ -266,8 +266,24 @@ def test_groups_of_a_mesh_have_the_timeout_of_the_job_and_end_with_it() -> None:
         assert waiting == [False, True, False]
 
 
+def test_a_trace_keeps_composite_operations_and_knows_how_far_it_is() -> None:
+    seen: list[Any] = []
+
+    def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.linear(x, weight)
+        seen.append(compat.traced_so_far())
+        return y.relu()
+
+    assert compat.traced_so_far() is None
+    with compat.unreal_tensors():
+        graph = compat.trace_operations(run, torch.ones(2, 3), torch.ones(4, 3))
+    targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert targets == ["aten.linear.default", "aten.relu.default"]
+    assert str(seen[0].target) == "aten.linear.default"
+
+
 def test_every_function_is_tested() -> None:
-    functions = {name for name, f in inspect.getmembers(compat, inspect.isfunction) if f.__module__ == compat.__name__}
+    functions = {name for name, f in inspect.getmembers(compat, inspect.isfunction) if f.__module__.startswith(compat.__name__)}
     assert functions == {
         *("all_gather_single", "reduce_scatter_single", "local_shape_and_offset", "replicate"),
         *("set_fsdp_collectives", "assert_on_device", "forget_meshes"),
@@ -278,6 +294,7 @@ def test_every_function_is_tested() -> None:
         *("flatten_tree", "unflatten_tree", "storage_number", "watch_operations", "needs_values"),
         *("set_group_timeout", "group_timeout", "mesh_groups", "close_mesh", "has_unreduced_gradients"),
         *("flatten_mesh", "join_meshes", "has_attention_sums", "attention_sums", "attention_sums_backward"),
+        *("trace_operations", "traced_so_far"),
         *("has_prepacked_linear", "prepack_linear", "prepacked_linear", "has_int8_linear", "int8_linear"),
     }
 

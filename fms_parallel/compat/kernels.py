@@ -1,0 +1,77 @@
+"""Single operations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Fail (RuntimeError) when a bool scalar is false: on the CPU at once, elsewhere without making the host wait."""
+    torch._assert_async(condition, message)
+
+
+def has_attention_sums(q: Tensor) -> bool:
+    """Whether torch has a fused attention for queries like these that tells its log of the sum of exponentials."""
+    if q.device.type == "cpu":
+        return q.dtype in (torch.float32, torch.float64, torch.bfloat16)
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return q.device.type == "cuda" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def attention_sums(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Fused attention of `q [B, h, S, D]` over `k, v [B, k, T, D]`, and log sum exp of the scores, `[B, h, S]`."""
+    ops = torch.ops.aten
+    if q.device.type == "cpu":
+        out, sums = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    else:
+        out, sums, *_ = ops._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    return out, sums
+
+
+def attention_sums_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v of `attention_sums`; `out` and `sums` may be those of a softmax over more keys."""
+    ops, given = torch.ops.aten, (grad, q, k, v, out, sums)
+    if q.device.type == "cpu":
+        return ops._scaled_dot_product_flash_attention_for_cpu_backward(*given, 0.0, causal, scale=scale)  # type: ignore[no-any-return]
+    # Without dropout the kernel reads no random state.
+    nothing = torch.empty(2, dtype=torch.uint64, device=q.device)
+    lengths = (None, None, q.shape[2], k.shape[2])
+    return ops._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
+        *given, *lengths, 0.0, causal, nothing, nothing, scale=scale
+    )
+
+
+def has_prepacked_linear(weight: Tensor) -> bool:
+    """Whether torch can lay out a matrix like this for oneDNN once and for all."""
+    if weight.device.type != "cpu" or weight.numel() == 0 or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
+
+
+def prepack_linear(weight: Tensor, rows: int) -> Tensor:
+    """`weight [N, E]` laid out for oneDNN and inputs of so many rows: an opaque tensor for `prepacked_linear`."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)  # type: ignore[no-any-return]
+
+
+def prepacked_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """`x [..., E]` times a matrix of `prepack_linear` -> `[..., N]`."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def has_int8_linear(x: Tensor, values: Tensor) -> bool:
+    """Whether torch multiplies rows like these by int8 values in one kernel that is faster than casting them.
+
+    It reads whole vectors without looking where a row ends (torch 2.13: wrong results and crashes for a width of 24).
+    """
+    fits = values.dtype == torch.int8 and values.numel() > 0 and values.shape[1] % 32 == 0
+    return fits and x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
+def int8_linear(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """`x [T, E]` times `scale[:, None] * values [N, E]` -> `[T, N]`."""
+    return torch._weight_int8pack_mm(x.contiguous(), values.contiguous(), scale)
