@@ -15,13 +15,16 @@ from fms_parallel.layout import AXES, ParallelLayout
 
 
 def build_mesh(layout: ParallelLayout, device_type: str = "cpu") -> DeviceMesh:
-    """The mesh of a resolved layout over the running process group.
+    """The mesh of a resolved layout over the running process group, whose timeout all its dimensions get.
 
     Raises:
         LayoutError: the layout needs another number of ranks than the job has.
     """
     layout = layout.resolve(dist.get_world_size())
-    return init_device_mesh(device_type, layout.degrees, mesh_dim_names=AXES)
+    mesh = init_device_mesh(device_type, layout.degrees, mesh_dim_names=AXES)
+    for group in compat.mesh_groups(mesh):
+        compat.set_group_timeout(group, compat.group_timeout())
+    return mesh
 
 
 def tp_axis(mesh: DeviceMesh) -> Axis:

@@ -189,29 +189,49 @@ def losses() -> list[float]:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "killed, replicas": {"layout": "dp=2,fsdp=2", "fates": {"3": {"after": 4, "by": "SIGKILL"}}, "goes_on": (4, 0), "source": "survivors"},
-    "first rank killed": {"layout": "dp=2,fsdp=2", "fates": {"0": {"after": 4, "by": "SIGKILL"}}, "goes_on": (4, 0), "source": "survivors"},
+    "killed, replicas": {
+        "layout": "dp=2,fsdp=2",
+        "fates": {"3": {"after": 4, "by": "SIGKILL"}},
+        "goes_on": (4, 0),
+        "source": "survivors",
+    },
+    "first rank killed": {
+        "layout": "dp=2,fsdp=2",
+        "fates": {"0": {"after": 4, "by": "SIGKILL"}},
+        "goes_on": (4, 0),
+        "source": "survivors",
+    },
     "before the vote": {
         "layout": "dp=2,fsdp=2",
         "fates": {"2": {"between": 4, "place": "before", "by": "SIGKILL"}},
-        "goes_on": (4, 0), "source": "survivors",
+        "goes_on": (4, 0),
+        "source": "survivors",
     },
     "behind the vote": {
         "layout": "dp=2,fsdp=2",
         "fates": {"2": {"between": 4, "place": "behind", "by": "SIGKILL"}},
-        "goes_on": (5, 0), "source": "survivors",
+        "goes_on": (5, 0),
+        "source": "survivors",
     },
-    "frozen": {"layout": "dp=3", "fates": {"1": {"after": 4, "by": "SIGSTOP"}}, "goes_on": (4, 0), "source": "survivors", "silence": 2.0},
+    "frozen": {
+        "layout": "dp=3",
+        "fates": {"1": {"after": 4, "by": "SIGSTOP"}},
+        "goes_on": (4, 0),
+        "source": "survivors",
+        "silence": 2.0,
+    },
     "no replica, buddy": {
         "layout": "pp=2,fsdp=2",
         "fates": {"1": {"after": 4, "by": "SIGKILL"}},
-        "goes_on": (4, 0), "source": "buddies",
+        "goes_on": (4, 0),
+        "source": "buddies",
         "buddy_every": 1,
     },
     "no replica, buddy of every third step": {
         "layout": "fsdp=3",
         "fates": {"2": {"after": 5, "by": "SIGKILL"}},
-        "goes_on": (3, 2), "source": "buddies",
+        "goes_on": (3, 2),
+        "source": "buddies",
         "buddy_every": 3,
     },
 }
@@ -298,3 +318,13 @@ def test_a_frozen_member_that_wakes_does_not_go_on(tmp_path: Path) -> None:
         codes = members.wait_for_end()
     assert codes == {"0": 0, "1": 1, "2": 0}
     assert any("was given up by the others" in " ".join(line) for line in told(tmp_path, "failed-1"))
+
+
+@pytest.mark.slow
+def test_a_job_that_torchrun_started_goes_on_when_a_rank_is_killed(tmp_path: Path) -> None:
+    """The script with --elastic, its supervisors and all; it raises when no later step comes."""
+    from benchmarks.recovery import measure
+
+    text = tmp_path / "text.txt"
+    text.write_text("what a rank has learned is not lost. " * 1000)
+    assert measure(("--elastic",), text) > 0

@@ -1,4 +1,4 @@
-"""Live re-layout over ranks: bitwise the same state, the same losses, the least bytes, and refusals that harm nothing."""
+"""Live re-layout over ranks: bitwise the same state, the same losses, the least bytes, harmless refusals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from fms_parallel.checkpoint.agree import from_every_rank
 from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.dynamic.inventory import Inventory
 from fms_parallel.dynamic.meshes import MeshCache
-from fms_parallel.dynamic.plan import Item, plan_transfer
 from fms_parallel.dynamic.predict import predict_tables
 from fms_parallel.dynamic.relayout import Relayout
 from fms_parallel.dynamic.schedule import LayoutSchedule
@@ -36,7 +35,7 @@ from fms_parallel.training import train
 from fms_parallel.training.optimizer import make_optimizer
 from fms_parallel.training.options import TrainOptions
 from tests.poison import poisoned_memory
-from tests.training.runs import OPTIONS, TINY, rows, tiny
+from tests.training.runs import OPTIONS, TINY, rows
 
 SIZES: dict[str, Any] = {**TINY, "layers": 5, "dropout": 0.2, "attention_bias": True, "tied": True}
 RUN: dict[str, Any] = {**OPTIONS, "max_grad_norm": 0.5, "steps": 18}
@@ -117,7 +116,15 @@ def test_eight_layouts_have_the_losses_of_a_run_that_never_switched_and_bitwise_
 
 # ---- what is predicted ------------------------------------------------------------------------------------------
 
-PREDICTED = ["fsdp=4", "fsdp=2,tp=2,sp", "pp=2,tp=2", "tp=4", "dp=2,fsdp=2", "pp=2,fsdp=2,stage_split=4,1", "cp=2,fsdp=2"]
+PREDICTED = [
+    "fsdp=4",
+    "fsdp=2,tp=2,sp",
+    "pp=2,tp=2",
+    "tp=4",
+    "dp=2,fsdp=2",
+    "pp=2,fsdp=2,stage_split=4,1",
+    "cp=2,fsdp=2",
+]
 
 
 def wrongly_predicted(layouts: list[str]) -> list[str]:
@@ -302,7 +309,9 @@ def many(switches: int) -> tuple[tuple[int, int, int], tuple[int, int, int], boo
     return before, after, same(start, whole(job.state.inventory()))
 
 
-@pytest.mark.parametrize("switches", [60, pytest.param(200, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "switches", [60, pytest.param(200, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.slow)]
+)
 def test_many_switches_leak_nothing_and_change_nothing(switches: int) -> None:
     for before, after, unchanged in run_ranks(many, 2, switches, timeout=600):
         assert unchanged

@@ -1,0 +1,1 @@
+"""Changing the layout of a running job: live re-layout, elastic membership."""

@@ -1,0 +1,164 @@
+"""Flags of runs whose layout or whose ranks change: --relayout, --elastic.
+
+    --relayout 100:tp=2,sp,200:fsdp=2      from step 100 on tp=2,sp; from 200 on fsdp=2
+    --elastic --buddy_every 10             ranks may die; the others go on (start it with torchrun)
+
+It knows command lines; what happens is `fms_parallel.dynamic`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from fms_parallel.dynamic.words import parse_schedule
+from fms_parallel.errors import ConfigError, LayoutError
+from fms_parallel.layout import ParallelLayout
+from fms_parallel.training.options import TrainOptions
+from scripts import common
+
+if TYPE_CHECKING:
+    from fms_parallel.dynamic.membership import Membership
+    from fms_parallel.dynamic.relayout import ModelFactory
+    from fms_parallel.dynamic.schedule import LayoutSchedule
+
+CONFIGURED = {"hf_pretrained": "hf_configured"}
+"""Architectures that read weights -> the same without them."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags."""
+    group = parser.add_argument_group("changes while it runs")
+    group.add_argument("--relayout", metavar="STEP:LAYOUT,...", help="layouts from steps on, as 100:tp=2,sp,200:fsdp=2")
+    group.add_argument("--elastic", action="store_true", help="go on when ranks die or join (start it with torchrun)")
+    group.add_argument("--buddy_every", type=int, help="elastic: copy shards to a neighbour every so many steps")
+    group.add_argument("--replacements", type=int, default=0, help="elastic: ranks started anew on each place")
+    group.add_argument("--silence", type=float, default=10.0, help="elastic: seconds until a frozen rank is given up")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse flags that have no effect or do not go together."""
+    if args.elastic and args.relayout:
+        raise ConfigError("--elastic and --relayout: with members that change, layouts follow their number; drop one.")
+    if args.elastic and args.sample_steps:
+        raise ConfigError("--elastic writes no samples: drop --sample_steps.")
+    if not args.elastic and (args.buddy_every is not None or args.replacements):
+        raise ConfigError("--buddy_every and --replacements belong to --elastic: add it, or drop them.")
+
+
+def read_schedule(args: argparse.Namespace, config: Any, layout: ParallelLayout) -> dict[int, str]:
+    """--relayout, every layout checked against ranks and model."""
+    layouts = parse_schedule(args.relayout or "")
+    for step, text in layouts.items():
+        try:
+            common.check_request(args, config, ParallelLayout.parse(text).resolve(layout.world_size))
+        except LayoutError as error:
+            raise LayoutError(f"--relayout {step}:{text}: {error}") from None
+    return layouts
+
+
+def switches(layouts: dict[int, str], factory: ModelFactory) -> LayoutSchedule | None:
+    """The schedule as `between_steps` of `train`."""
+    if not layouts:
+        return None
+    from fms_parallel.dynamic.schedule import LayoutSchedule
+
+    return LayoutSchedule(layouts, factory)
+
+
+def model_factory(args: argparse.Namespace, options: TrainOptions, overrides: dict[str, Any]) -> ModelFactory:
+    """The model of a command line, in any layout."""
+    from fms_parallel.models import get_model
+
+    def build(layout: ParallelLayout, *, mesh: Any, fill: Any) -> Any:
+        read = fill is None  # else the weights come from where they are now
+        named = args.architecture if read else CONFIGURED.get(args.architecture, args.architecture)
+        return get_model(
+            named,
+            args.variant,
+            args.model_path if read or named != args.architecture else None,
+            args.checkpoint_format if read else None,
+            args.device_type,
+            distributed_strategy=layout,
+            seed=options.seed,
+            compile_blocks=args.compile,
+            mesh=mesh,
+            fill=fill,
+            **overrides,
+        )
+
+    return build
+
+
+# ---- members that change ----------------------------------------------------------------------------------------
+
+
+def run_elastic(
+    args: argparse.Namespace, options: TrainOptions, layout: ParallelLayout, overrides: dict[str, Any]
+) -> int:
+    """What each process of torchrun does with --elastic: supervise one rank."""
+    from fms_parallel.dynamic.supervise import Rendezvous, supervise
+
+    found = Rendezvous.of_torchrun(device_type=args.device_type, timeout=args.timeout, silence=args.silence)
+    return supervise(found, member, args, options, layout, overrides, replacements=args.replacements)
+
+
+def member(
+    membership: Membership,
+    args: argparse.Namespace,
+    options: TrainOptions,
+    layout: ParallelLayout,
+    overrides: dict[str, Any],
+) -> None:
+    """One rank's process."""
+    import logging
+
+    import torch.distributed as dist
+
+    from fms_parallel.distributed.start import Launch
+    from fms_parallel.dynamic.elastic import train_elastic
+    from fms_parallel.log import log_to_stderr
+    from fms_parallel.models import get_config
+    from scripts.train_causal import fit_vocabulary
+
+    log_to_stderr(logging.INFO, 0 if membership.uid == "0" else 1)
+    tokenizer, rows = _one_after_the_first(membership, lambda: common.read_corpus_rows(args, options, Launch()))
+    training, validation = common.held_out(args, options, rows)
+    overrides = fit_vocabulary(args, overrides, tokenizer)
+    config = get_config(args.architecture, args.variant, args.model_path, **overrides)
+    described: Any = SimpleNamespace(architecture=args.architecture, config=config)
+    shown: list[common.Progress] = []
+
+    def progress(numbers: dict[str, Any]) -> None:
+        if dist.get_rank() == 0:  # of now: the first one may be gone
+            if not shown:
+                launch = replace(Launch(), world_size=dist.get_world_size())
+                shown.append(common.Progress(options, layout, described, args, launch))
+            shown[0](numbers)
+
+    if membership.uid == "0":
+        common.write_run(args, options, layout, described)
+    train_elastic(
+        model_factory(args, options, overrides),
+        training,
+        layout,
+        membership,
+        options=options,
+        shape=config.shape(),
+        buddy_every=args.buddy_every,
+        validation=validation,
+        on_step=progress,
+    )
+
+
+def _one_after_the_first(membership: Membership, read: Callable[[], Any]) -> Any:
+    """What is made on disk is made once, by the first member."""
+    if membership.uid != "0":
+        membership.store.wait(["rows"])
+    found = read()
+    if membership.uid == "0":
+        membership.store.set("rows", "1")
+    return found

@@ -1,0 +1,27 @@
+"""Schedules of layouts as a person types them."""
+
+from __future__ import annotations
+
+import pytest
+
+from fms_parallel.dynamic.words import parse_schedule
+from fms_parallel.errors import LayoutError
+
+
+def test_layouts_keep_their_own_commas() -> None:
+    text = "10:tp=2,sp, 20:pp=2,stage_split=3,1,30:fsdp=2"
+    assert parse_schedule(text) == {10: "tp=2,sp", 20: "pp=2,stage_split=3,1", 30: "fsdp=2"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tp=2", "write STEP:LAYOUT"),
+        ("10:tp=2,10:fsdp=2", "step 10 is given twice"),
+        ("10:warp=2", "unknown layout word 'warp'"),
+        ("x:tp=2", "write STEP:LAYOUT"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        parse_schedule(text)
