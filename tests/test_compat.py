@@ -283,7 +283,9 @@ def test_a_trace_keeps_composite_operations_and_knows_how_far_it_is() -> None:
 
 
 def test_every_function_is_tested() -> None:
-    functions = {name for name, f in inspect.getmembers(compat, inspect.isfunction) if f.__module__.startswith(compat.__name__)}
+    functions = {
+        name for name, f in inspect.getmembers(compat, inspect.isfunction) if f.__module__.startswith(compat.__name__)
+    }
     assert functions == {
         *("all_gather_single", "reduce_scatter_single", "local_shape_and_offset", "replicate"),
         *("set_fsdp_collectives", "assert_on_device", "forget_meshes"),

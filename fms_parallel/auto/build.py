@@ -21,6 +21,7 @@ from fms_parallel.auto.cut import Cut, Run, make_cut, stage_model
 from fms_parallel.auto.lora import adapter_patterns, draw_adapter, is_adapter
 from fms_parallel.auto.plans import styles_for, tensor_patterns
 from fms_parallel.auto.schedule import SPLIT_BACKWARD, Recordings
+from fms_parallel.auto.self_check import check_plan
 from fms_parallel.auto.source import draw, skeleton_of
 from fms_parallel.auto.stage import AutoStage, constant_inputs
 from fms_parallel.auto.tasks import Task
@@ -95,22 +96,18 @@ class Build:
     recordings: Recordings
     split: str | Sequence[int] | Sequence[str]
     tensor_plan: Mapping[str, Any] | None
+    self_check: bool = True
     cut: Cut | None = None
 
 
 def build_stages(build: Build, micro: dict[str, Tensor]) -> list[AutoStage]:
     """This rank's stages, with memory and without values."""
-    patterns: dict[str, Any] = {}
-    if build.layout.tp > 1:
-        inputs = build.task.inputs(micro)
-        patterns = tensor_patterns(build.skeleton, build.layout.tp, build.tensor_plan, inputs)
-        patterns = adapter_patterns(build.skeleton, patterns)
-    made = [_stage(build, run) for run in _runs(build, micro)]
+    runs = _runs(build, micro)
+    patterns = _tensor_patterns(build, micro) if build.layout.tp > 1 else {}
+    made = [_stage(build, run) for run in runs]
     for stage in made:
         if build.layout.tp > 1:
-            assert build.mesh is not None
-            plan = styles_for(stage.model, patterns, build.layout.tp)
-            TensorParallelStrategy(build.mesh["tp"], plan=plan).distribute(stage.model)
+            _cut_over_tp(build, patterns, stage.model)
         _recompute(stage, build.layout)
         _shard(stage, build)
         materialise(stage, build.device)
@@ -120,8 +117,20 @@ def build_stages(build: Build, micro: dict[str, Tensor]) -> list[AutoStage]:
 
 def _tensor_patterns(build: Build, micro: dict[str, Tensor]) -> dict[str, Any]:
     inputs = {**build.task.inputs(micro), **constant_inputs(build.skeleton)}
-    blocks = build.blocks if build.layout.pp > 1 else ()
-    return tensor_patterns(build.skeleton, build.layout.tp, build.tensor_plan, inputs, blocks)
+    cut = build.cut
+    stages = {n: s for s in range(cut.stages) for n in cut.blocks[slice(*cut.range_of(s))]} if cut is not None else {}
+    patterns = tensor_patterns(build.skeleton, build.layout.tp, build.tensor_plan, inputs, stages)
+    patterns = adapter_patterns(build.skeleton, patterns)
+    if build.self_check:
+        assert build.mesh is not None
+        check_plan(build.skeleton, inputs, build.blocks, build.mesh["tp"], partial(_cut_over_tp, build, patterns))
+    return patterns
+
+
+def _cut_over_tp(build: Build, patterns: Mapping[str, Any], model: nn.Module) -> None:
+    assert build.mesh is not None
+    plan = styles_for(model, patterns, build.layout.tp)
+    TensorParallelStrategy(build.mesh["tp"], plan=plan).distribute(model)
 
 
 def _runs(build: Build, micro: dict[str, Tensor]) -> list[Run | None]:

@@ -49,6 +49,7 @@ def parallelize(
     schedule: str | None = None,
     split: str | Sequence[int] | Sequence[str] = "cost",
     tensor_plan: Mapping[str, Any] | None = None,
+    self_check: bool = True,
     weights: str | Path | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -64,7 +65,8 @@ def parallelize(
         task: word of `TASKS`; None finds it in the class's name. loss: (output, batch) -> loss summed over rows.
         microbatches: pieces that a step's rows are cut into. schedule: of the pipeline; both may be in the layout.
         split: `cost`, `even`, blocks of each stage, or the names of the blocks that later stages begin with.
-        tensor_plan: expression -> word as `generate_layer_plan` takes it; None takes transformers' plan.
+        tensor_plan: expression -> word as `generate_layer_plan` takes it; None takes transformers' plan, or infers one.
+        self_check: with tp, compare a short copy of the model, cut and whole, on two rows before anything is built.
         weights: safetensors file or folder to start from. Without it and without values they are drawn from `seed`.
         device: where this rank computes. dtype: of parameters, when not the model's own.
     Raises:
@@ -83,7 +85,7 @@ def parallelize(
     blocks = blocks_of(skeleton, wanted)
     compute = torch.bfloat16 if wanted.precision == "bf16" else None
     recordings = Recordings(skeleton, job, blocks, compute)
-    build = Build(skeleton, wanted, mesh, where, job, blocks, recordings, split, tensor_plan)
+    build = Build(skeleton, wanted, mesh, where, job, blocks, recordings, split, tensor_plan, self_check)
     engine = Engine(build, pieces)
     micro = engine.micro_batch_of(example_batch)
     engine.take(build_stages(build, micro))

@@ -247,9 +247,15 @@ FLOPS: dict[str, Callable[[fx.Node], int]] = {
 }
 """Operation -> floating-point operations of one call. Everything else counts as none."""
 
-VIEWS = frozenset(
+
+def words_of(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
+
+VIEWS = words_of(
     "view reshape transpose permute unsqueeze squeeze expand slice select split chunk getitem t alias detach flatten "
-    "unflatten lift_fresh_copy to contiguous _unsafe_view dropout".split()
+    "unflatten lift_fresh_copy to contiguous _unsafe_view dropout"
 )
 """Operations that as a rule move no bytes (dropout does nothing in evaluation, `to` where the dtype is right)."""
 

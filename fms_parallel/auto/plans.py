@@ -7,7 +7,7 @@ words; what a word does to a module is in `strategy/styles.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -34,12 +34,12 @@ def tensor_patterns(
     tp: int,
     tensor_plan: Mapping[str, Any] | None,
     inputs: Mapping[str, Any],
-    blocks: Sequence[str] = (),
+    stages: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Regular expression -> word for `styles_for`.
 
     Args:
-        inputs: what the model's forward is given. blocks: those that pp cuts between.
+        inputs: what the model's forward is given. stages: block -> its pipeline stage.
     Raises:
         LayoutError: no plan is given, known or inferred; heads that tp does not divide.
     """
@@ -50,7 +50,7 @@ def tensor_patterns(
     unknown = sorted({word for word in known.values() if word not in WORDS})
     if known and not unknown:
         return _with_ties(model, {_expression(name): WORDS[word] for name, word in known.items()})
-    return infer_tensor_plan(model, inputs, tp, blocks)
+    return infer_tensor_plan(model, inputs, tp, stages)
 
 
 def _expression(name: str) -> str:

@@ -12,13 +12,14 @@ Whatever is not found is replicated. It knows modules, names and graphs; it know
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
 from torch import fx, nn
 
+from fms_parallel.auto.blocks import find_blocks
 from fms_parallel.auto.flow import (
     MATRICES,
     Blocked,
@@ -32,14 +33,22 @@ from fms_parallel.auto.flow import (
     input_of,
     weight_of,
 )
-from fms_parallel.auto.graph import Traced, operation, shape_of, tensors_of, trace
-from fms_parallel.auto.tensor_styles import Columns, Features, Numbers, Rows
+from fms_parallel.auto.flow_rules import RULES
+from fms_parallel.auto.graph import Traced, operation, shape_of, tensors_of, trace, words_of
+from fms_parallel.auto.self_check import shortened
+from fms_parallel.auto.tensor_styles import Columns, Features, Numbers, Rows, as_expressions
 from fms_parallel.errors import LayoutError
 from fms_parallel.strategy.ties import tied_names
 
 _STOPS = ("layer_norm", "rms_norm", "group_norm", "native_layer_norm")
-_SHAPED = ("view", "reshape", "_unsafe_view", "expand", "repeat", "split", "split_with_sizes", "chunk", "zeros", "ones")
-_SHAPED += ("full", "new_zeros", "new_ones", "new_full", "unflatten", "slice", "arange", "empty")
+_NUMBERED = re.compile(r"(^|\.)\d+\\?(\.|$)")
+"""An expression for one module of a list."""
+
+_SHAPED = words_of(
+    "view reshape _unsafe_view expand repeat split split_with_sizes chunk zeros ones full new_zeros new_ones new_full "
+    "unflatten slice arange empty"
+)
+"""Operations that are told sizes, which differ in a share."""
 
 
 @dataclass
@@ -58,18 +67,27 @@ class Region:
 
 
 def infer_tensor_plan(
-    model: nn.Module, example_batch: Mapping[str, Any], tp: int = 2, blocks: Sequence[str] = ()
+    model: nn.Module, example_batch: Mapping[str, Any], tp: int = 2, stages: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
     """Expression over module names -> word, for `parallelize(tensor_plan=)`.
 
     Args:
         model: on the meta device or anywhere. example_batch: what its forward is given, `[B, ...]` each.
-        blocks: those between which a pipeline cuts: a plan that needs a cut value to cross from one to another is
-            refused.
+        stages: block -> its pipeline stage: a plan that needs a cut value to cross between two is refused.
     Raises:
         LayoutError: heads that tp does not divide; nothing can be cut; the graph is not known.
     """
-    return _Inference(model, example_batch, tp).plan(blocks)
+    try:  # the first blocks say it all, as a rule: 2 instead of 48
+        blocks = find_blocks(model)
+        short = shortened(model, blocks)
+        here = {name for name, _ in short.named_modules()}
+        apart = {block: number for number, block in enumerate(blocks) if block in here} if stages else {}
+        plan = _Inference(short, example_batch, tp).plan(apart)
+        if not any(_NUMBERED.search(expression) for expression in plan):
+            return plan
+    except LayoutError:
+        pass
+    return _Inference(model, example_batch, tp).plan(stages or {})
 
 
 class _Inference:
@@ -83,17 +101,17 @@ class _Inference:
         self.regions: list[Region] = []
         self.why: dict[str, str] = {}
 
-    def plan(self, blocks: Sequence[str]) -> dict[str, Any]:
+    def plan(self, stages: Mapping[str, int]) -> dict[str, Any]:
         """As `infer_tensor_plan`."""
         self._find_regions()
         numbers = self._agree()
         if not self.regions:
             reasons = "; ".join(f"{name}: {why}" for name, why in list(self.why.items())[:3])
             raise LayoutError(
-                f"tp={self.tp}: nothing of {type(self.model).__name__} can be cut by itself ({reasons or 'no matrices'})"
-                ". Give tensor_plan={expression: word}, or use pp and fsdp."
+                f"tp={self.tp}: nothing of {type(self.model).__name__} can be cut by itself "
+                f"({reasons or 'no matrices'}). Give tensor_plan={{expression: word}}, or use pp and fsdp."
             )
-        self._check_crossings(set(blocks))
+        self._check_crossings(stages)
         words: dict[str, Any] = {}
         for region in self.regions:
             words.update(self._words(region))
@@ -143,7 +161,10 @@ class _Inference:
             if operation(matrix) not in MATRICES or matrix in taken:
                 continue
             seeds = self._before(input_of(matrix))
-            if seeds & taken or not any(operation(seed) in MATRICES for seed in seeds):
+            if seeds & taken:
+                continue  # it begins another region
+            if not any(operation(seed) in MATRICES for seed in seeds):
+                self.why[self.matrices[matrix]] = "no matrix comes before it without a norm between"
                 continue
             try:
                 region = self._grow(seeds, taken)
@@ -162,26 +183,38 @@ class _Inference:
 
     def _grow(self, first: set[fx.Node], taken: set[fx.Node]) -> Region:
         """Follow the seeds, with whatever else has to be cut along with them."""
-        seeds = {seed: (shape_of(seed)[-1],) for seed in first}
-        while True:
-            for seed in seeds:
-                if seed in taken or seed not in self.matrices:
-                    raise Blocked(f"{seed.name} is used otherwise")
-            try:
-                flow = Flow(self.traced, self.facts, self.tp, seeds).run()
-                break
-            except Packed as packed:
-                if len(seeds[packed.seed]) > 1:
-                    raise Blocked(f"{packed.seed.name} is divided twice") from None
-                seeds[packed.seed] = packed.parts
-            except Wanted as wanted:
-                more = self._before(wanted.node) - set(seeds)
-                if not more:
-                    raise Blocked(f"{wanted.node.name} meets cut values and is whole") from None
-                seeds.update({seed: (shape_of(seed)[-1],) for seed in more})
+        seeds: dict[fx.Node, tuple[int, ...]] = {seed: (shape_of(seed)[-1],) for seed in first}
+        doubts: list[str] = []
+        flow = None
+        try:
+            while flow is None:
+                for seed in seeds:
+                    if seed in taken or seed not in self.matrices:
+                        raise Blocked(f"{seed.name} is used otherwise")
+                flow = self._follow(seeds, doubts)
+        except Blocked:
+            if doubts:  # what looked like parts were heads
+                raise HeadsBlocked(doubts[0]) from None
+            raise
         if any(row in taken or row not in self.matrices for row in flow.rows):
             raise Blocked("it ends in a matrix that is used otherwise")
         return Region(seeds, flow.rows, flow.partial, flow.cuts)
+
+    def _follow(self, seeds: dict[fx.Node, tuple[int, ...]], doubts: list[str]) -> Flow | None:
+        """Where the seeds lead; None when they had to be changed first."""
+        try:
+            return Flow(self.traced, self.facts, self.tp, seeds, RULES).run()
+        except Packed as packed:
+            if len(seeds[packed.seed]) > 1:
+                raise Blocked(f"{packed.seed.name} is divided twice") from None
+            seeds[packed.seed] = packed.parts
+            doubts.extend(filter(None, [packed.otherwise]))
+        except Wanted as wanted:
+            more = self._before(wanted.node) - set(seeds)
+            if not more:
+                raise Blocked(f"{wanted.node.name} meets cut values and is whole") from None
+            seeds.update({seed: (shape_of(seed)[-1],) for seed in more})
+        return None
 
     # ---- shapes and numbers ---------------------------------------------------------------------------------------
 
@@ -239,7 +272,7 @@ class _Inference:
                         yield name, attribute
 
     def _differs(self, regions: list[Region], chosen: set[tuple[str, str]]) -> str:
-        """Run the model on shapes, with matrices cut and numbers divided: "" when all goes as predicted, or what not."""
+        """What goes otherwise than predicted when the model runs on shapes with matrices cut and numbers divided."""
         numbers = {key: getattr(self.model.get_submodule(key[0]), key[1]) // self.tp for key in chosen}
         try:
             local = trace(self.model, self.example, shapes=self._local_shapes(regions), numbers=numbers)
@@ -251,7 +284,8 @@ class _Inference:
         for node, here in zip(self.traced.nodes, local.nodes, strict=True):
             if node.op == "output" or node in self.traced.parameters:
                 continue
-            if node.target != here.target and node.op == "call_function" or not self._as_predicted(node, here, cuts):
+            other = node.op == "call_function" and node.target != here.target
+            if other or not self._as_predicted(node, here, cuts):
                 return f"{'.'.join(self.traced.places[node][-1:])}: {node.name} has another shape than its share"
         return ""
 
@@ -265,7 +299,10 @@ class _Inference:
             free = self.facts[node].uniform if cut is None else frozenset()
             if len(piece.shape) != len(want[0]):
                 return False
-            if any(a != b and not (d in free and b == a * self.tp) for d, (a, b) in enumerate(zip(piece.shape, want[0], strict=True))):
+            if any(
+                a != b and not (d in free and b == a * self.tp)
+                for d, (a, b) in enumerate(zip(piece.shape, want[0], strict=True))
+            ):
                 return False
         return operation(node) in _SHAPED or _constants(node) == _constants(here)
 
@@ -283,17 +320,18 @@ class _Inference:
                     found[f"{self.matrices[node]}.bias"] = (len(bias) // self.tp,)
         return found
 
-    def _check_crossings(self, blocks: set[str]) -> None:
+    def _check_crossings(self, stages: Mapping[str, int]) -> None:
         """Between stages values are whole: their shapes are known from a run without a cut."""
-        part = {n: next((p for p in place if p in blocks), "") for n, place in self.traced.places.items()}
-        for region in self.regions:
-            for node in region.cuts if blocks else ():
-                other = next((user for user in node.users if part[user] != part[node]), None)
-                if other is not None and part[node]:
-                    raise LayoutError(
-                        f"{part[node]} hands a tensor that tp cuts ({node.name}) to {part[other] or 'code outside'}: pp "
-                        "between them is not supported. Use tp without pp, or pp with fsdp."
-                    )
+        block = {n: next((p for p in place if p in stages), "") for n, place in self.traced.places.items()}
+        for region in self.regions if stages else ():
+            for node in region.cuts:
+                for user in node.users:
+                    here, there = block[node], block[user]
+                    if here != there and stages.get(here, -1) != stages.get(there, -1):
+                        raise LayoutError(
+                            f"{here or node.name} hands a tensor that tp cuts ({node.name}) to {there or user.name} in "
+                            "another pipeline stage: not supported. Use tp without pp, pp with fsdp, or another split."
+                        )
 
     # ---- words ----------------------------------------------------------------------------------------------------
 
@@ -357,18 +395,6 @@ def _sizes(cut: Any) -> set[int]:
     return {size for one in cuts for size in (*one.parts, sum(one.parts))}
 
 
-def _constants(node: fx.Node) -> list[Any]:
+def _constants(node: fx.Node) -> str:
     """What an operation is told beside tensors."""
-    given = fx.map_arg((node.args, dict(node.kwargs)), lambda other: None)
-    return [repr(given)]
-
-
-def as_expressions(words: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Module names -> expressions, where all modules that differ in their numbers in lists have the same word; sorted."""
-    found: dict[str, Any] = {}
-    for name in sorted(words):
-        general = r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
-        alike = [other for other in names if re.fullmatch(general, other)]
-        expression = general if all(words.get(other) == words[name] for other in alike) else re.escape(name)
-        found[expression] = words[name]
-    return found
+    return repr(fx.map_arg((node.args, dict(node.kwargs)), lambda other: None))

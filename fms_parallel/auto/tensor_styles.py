@@ -12,7 +12,8 @@ no box of the stored tensor, and checkpoints, shards and saving know boxes. It k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,8 +90,8 @@ class PackedColumns(PartialStyle):
         with self.plain_parameters(module):
             weight, bias = module._parameters["weight"], module._parameters.get("bias")
             assert weight is not None
-            weight = weight.t() if self.word.transposed else weight
-            return F.linear(x, self.share(weight), None if bias is None else self.share(bias))
+            turned = weight.t() if self.word.transposed else weight
+            return F.linear(x, self.share(turned), None if bias is None else self.share(bias))
 
     def share(self, whole: Tensor) -> Tensor:
         """This rank's rows of each part, beside each other."""
@@ -161,4 +162,15 @@ def use_words(
         style = word.style(name, before.sp, before.door, before.recurse)
         assert style is not None
         found[name] = style
+    return found
+
+
+def as_expressions(words: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Module names -> expressions, joined where all modules that differ in numbers have the same word; sorted."""
+    found: dict[str, Any] = {}
+    for name in sorted(words):
+        general = r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
+        alike = [other for other in names if re.fullmatch(general, other)]
+        expression = general if all(words.get(other) == words[name] for other in alike) else re.escape(name)
+        found[expression] = words[name]
     return found

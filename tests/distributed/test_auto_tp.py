@@ -1,0 +1,150 @@
+"""Tensor plans that were inferred: loss and every gradient of two ranks against one process; and what is refused."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fms_parallel.auto import parallelize
+from fms_parallel.auto.families import FAMILIES, tiny_batch, tiny_model
+from fms_parallel.auto.source import skeleton_of
+from fms_parallel.auto.table import compare
+from fms_parallel.auto.tensor_plan import infer_tensor_plan
+from fms_parallel.distributed.launch import run_ranks
+from fms_parallel.errors import FmsError
+from tests.auto.test_graph import inputs_of
+from tests.auto.test_tensor_plan import Packed
+from tests.poison import poisoned_memory
+
+pytest.importorskip("transformers")
+
+EXACT = {name: 1e-12 if family.exact else 1e-5 for name, family in FAMILIES.items()}
+
+
+def every_family() -> Any:
+    with poisoned_memory():
+        return compare(list(FAMILIES), ["tp=2"])
+
+
+def test_every_family_on_two_ranks_equals_one_process() -> None:
+    for answer in run_ranks(every_family, 2, timeout=400.0):
+        assert len(answer) == len(FAMILIES)
+        for (name, _), result in answer.items():
+            assert not result.refused, (name, result.refused)
+            assert result.worst <= EXACT[name], (name, result)
+
+
+def shards_within_stages() -> Any:
+    with poisoned_memory():
+        return compare(["gpt2", "bert", "opt", "t5"], ["pp=2,tp=2"]) | compare(["gpt2", "whisper"], ["fsdp=2,tp=2"])
+
+
+def test_stages_and_shards_of_inferred_plans_equal_one_process() -> None:
+    for answer in run_ranks(shards_within_stages, 4, timeout=400.0):
+        assert len(answer) == 6
+        for (name, layout), result in answer.items():
+            assert not result.refused, (name, layout, result.refused)
+            assert result.worst <= EXACT[name], (name, layout, result)
+
+
+# ---- plain modules ----------------------------------------------------------------------------------------------
+
+
+class Stack(nn.Module):
+    """Blocks with packed attention and a scale for each feature inside of the cut."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.first = nn.LayerNorm(16)
+        self.blocks = nn.ModuleList(Packed(order) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for norm, block in zip(self.norms, self.blocks, strict=True):
+            x = x + block(norm(x))
+        return x
+
+
+def squares(out: Tensor, batch: Any) -> Tensor:
+    return (out - batch["labels"]).square().sum()
+
+
+def of_plain(order: str) -> dict[str, float]:
+    torch.manual_seed(5)
+    model = Stack(order).double()
+    batch = {"x": torch.randn(4, 5, 16).double(), "labels": torch.randn(4, 5, 16).double()}
+    whole = squares(model(batch["x"]), batch) / 4
+    whole.backward()
+    engine = parallelize(model, "tp=2", batch, loss=squares)
+    worst = {"loss": abs(float(engine.train_step(batch)) - float(whole.detach()))}
+    for name, parameter in engine.named_parameters():
+        assert parameter.grad is not None
+        should = model.get_parameter(name).grad
+        worst[name] = float((parameter.grad.full_tensor() - should).abs().max() / should.abs().max().clamp(min=1e-3))
+    return worst
+
+
+@pytest.mark.parametrize("order", ["heads first", "kinds first"])
+def test_packed_matrices_of_a_plain_module_equal_one_process(order: str) -> None:
+    for worst in run_ranks(of_plain, 2, order):
+        assert len(worst) == 15
+        assert {name: error for name, error in worst.items() if not error <= 1e-12} == {}
+
+
+# ---- refusals ---------------------------------------------------------------------------------------------------
+
+
+def without(name: str, part: str) -> dict[str, Any]:
+    """An inferred plan that lacks a word."""
+    model = tiny_model(name)
+    plan = infer_tensor_plan(skeleton_of(model), inputs_of(name, model), 2)
+    return {expression: word for expression, word in plan.items() if not re.search(part, expression)}
+
+
+WRONG = {
+    "heads are mixed with tokens": (lambda: without("opt", r"self_attn$"), "opt", "self_attn"),
+    "one half of the matrices": (lambda: without("gpt2", r"mlp.*c_proj"), "gpt2", r"mlp\.c_proj"),
+    "a norm of heads without a sum": (
+        lambda: {**without("qwen3", r"[qk]_norm")},
+        "qwen3",
+        r"[qk]_norm|k_norm|q_norm",
+    ),
+}
+
+
+def refusals() -> dict[str, str]:
+    found = {}
+    for case, (plan, name, _) in WRONG.items():
+        found[case] = _said(
+            lambda name=name, plan=plan: parallelize(  # type: ignore[misc]
+                tiny_model(name), "tp=2", tiny_batch(name), tensor_plan=plan()
+            )
+        )
+    three = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48, "head_dim": 8}
+    found["kv heads"] = _said(lambda: parallelize(tiny_model("llama", **three), "tp=2", tiny_batch("llama")))
+    batch = {"x": torch.zeros(2, 5, 16), "labels": torch.zeros(2, 5, 16)}
+    norms = nn.Sequential(nn.LayerNorm(16), nn.LayerNorm(16))
+    found["nothing"] = _said(lambda: parallelize(norms, "tp=2", {"input": batch["x"]}, loss=squares))
+    return found
+
+
+def _said(make: Any) -> str:
+    try:
+        make()
+    except FmsError as error:
+        return str(error)
+    return ""
+
+
+def test_what_is_wrong_is_refused_in_a_sentence_before_training() -> None:
+    for found in run_ranks(refusals, 2, timeout=200.0):
+        for case, (_, _, where) in WRONG.items():
+            assert "the model does not give what it gives in one process" in found[case], (case, found[case])
+            assert re.search(where, found[case]), (case, found[case])
+        assert "tp=2 does not divide num_key_value_heads=3" in found["kv heads"]
+        assert "nothing of Sequential can be cut by itself (no matrices)" in found["nothing"]
