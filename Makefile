@@ -33,8 +33,11 @@ $(STAMP): setup.py constraints.txt
 	$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@
 
+# Most tests run in one process or wait for ranks of theirs: two at a time keep two cores busy. JOBS=0 is one at a time.
+JOBS ?= 2
+
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lint: setup
 	$(BIN)/python -m ruff format --check .

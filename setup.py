@@ -15,7 +15,7 @@ EXTRAS = {
     "log": ["tensorboard"],
     "data": ["pyarrow"],
     "test": [
-        *("pytest", "hypothesis", "transformers>=5", "tokenizers", "accelerate"),
+        *("pytest", "pytest-xdist", "hypothesis", "transformers>=5", "tokenizers", "accelerate"),
         *("matplotlib", "pyarrow", "numpy", "setuptools"),
     ],
     "lint": ["ruff", "mypy"],
