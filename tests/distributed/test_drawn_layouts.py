@@ -28,7 +28,7 @@ from fms_parallel.verify import TOLERANCE, verify
 from tests.distributed.comparison import shaken_model
 from tests.poison import poisoned_memory
 
-JOB = 8
+JOB = 6
 """Cases of one job: starting ranks costs as much as two of them."""
 
 DRAWN = settings(
