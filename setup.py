@@ -37,7 +37,7 @@ setup(
         "fms_parallel.shapes": ["models=fms_parallel.models.registry:all_shapes"],
     },
     install_requires=[
-        # The private APIs behind `fms_parallel/compat.py` are tested on 2.13.0 only; nothing older is claimed.
+        # The private APIs behind `fms_parallel/compat/` are tested on 2.13.0 only; nothing older is claimed.
         "torch>=2.13",
         # Writing safetensors from torch goes through numpy, which safetensors itself does not ask for.
         "safetensors[numpy]",

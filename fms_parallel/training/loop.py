@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +132,19 @@ class Trainer:
             raise ConfigError(f"validate_steps={self.options.validate_steps} without validation data.")
         if self.options.sample_steps and self.sample is None:
             raise ConfigError(f"sample_steps={self.options.sample_steps} without a sample function.")
-        if self.options.timeline_step and self.parallel.layout.pp == 1:
+        if self.options.timeline_step:
+            self._check_timeline(self.options.timeline_step)
+
+    def _check_timeline(self, step: int) -> None:
+        if step > self.steps:
             raise ConfigError(
-                f"timeline_step={self.options.timeline_step} draws pipeline stages: the layout has no pp=N."
+                f"timeline_step={step} comes after the last of {self.steps} steps: choose an earlier one."
             )
+        if self.parallel.layout.pp == 1:
+            raise ConfigError(f"timeline_step={step} draws pipeline stages: the layout has no pp=N.")
+        # Asked for here: one rank alone draws, and its failure in the middle of a run would cost the others theirs.
+        if find_spec("matplotlib") is None:
+            raise ConfigError(f"timeline_step={step} needs matplotlib: pip install 'fms_parallel[plot]'.")
 
     def feed_of(self, shard: tuple[int, int]) -> Feed:
         """The rows of one shard. Raises ConfigError when the batch does not divide."""

@@ -105,5 +105,7 @@ def test_without_stages_there_is_nothing_to_record(tmp_path: Path) -> None:
         pass
     with pytest.raises(ConfigError, match="timeline_step=1 draws pipeline stages"):
         train(model, Rows(), steps=1, batch_size=1, timeline_step=1, output_path=str(tmp_path))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="after the last of 1 steps"):
+        train(model, Rows(), steps=1, batch_size=1, timeline_step=2, output_path=str(tmp_path))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="timeline_step=1 without output_path"):
         TrainOptions(timeline_step=1)
