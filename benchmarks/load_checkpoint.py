@@ -2,6 +2,7 @@
 
     python benchmarks/load_checkpoint.py              2.6 GB in a temporary folder; about two minutes
     python benchmarks/load_checkpoint.py --layers 2   small
+    python benchmarks/load_checkpoint.py --linear_type int8   the same file into rounded matrices
     python benchmarks/load_checkpoint.py --json
 
 A rank may take, above what it had before, its own shard, the largest tensor of its shard and 200 MB; converting may
@@ -34,6 +35,8 @@ SLACK = 200e6
 PLANNING_LIMIT = 1.0
 LAYOUTS = (("", 1), ("tp=2", 2), ("fsdp=2", 2), ("fsdp=2,tp=2", 4))
 """(layout, ranks)."""
+ROUNDED = (("", 1), ("tp=2", 2))
+"""The same with a linear type: weights that take no gradient go with no fsdp."""
 WIDE: dict[str, Any] = {"width": 2048, "heads": 16, "kv_heads": 16, "ffn_width": 5632}
 
 
@@ -86,25 +89,29 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-def load_rank(folder: str, layout: str, source: str, fields: dict[str, Any]) -> tuple[float, float, float]:
-    """(bytes taken at the peak, bytes of the shard, bytes of its largest tensor) on this rank."""
+def load_rank(
+    folder: str, layout: str, source: str, fields: dict[str, Any], linear_type: str | None
+) -> tuple[float, float, float]:
+    """(bytes taken at the peak, bytes of the shard, bytes of its largest tensor) on this rank, as it stores them."""
     from fms_parallel.models import get_model
 
+    options: dict[str, Any] = {"distributed_strategy": layout or None, "linear_type": linear_type}
     # What the first model of a process imports and allocates is not the checkpoint's.
-    get_model("llama", "micro", distributed_strategy=layout or None)
+    get_model("llama", "micro", **options)
     before = resident()
-    model = get_model("llama", "micro", folder, source, distributed_strategy=layout or None, **fields)
+    model = get_model("llama", "micro", folder, source, **options, **fields)
     sizes = [float(local_tensor(parameter).nbytes) for parameter in model.parameters()]
     return peak() - before, sum(sizes), max(sizes)
 
 
-def loading(folder: Path, source: str, fields: dict[str, Any]) -> list[Figure]:
+def loading(folder: Path, source: str, fields: dict[str, Any], linear_type: str | None = None) -> list[Figure]:
     """The rank that took most above its own limit, of each layout."""
     figures = []
-    for layout, ranks in LAYOUTS:
-        measured = run_ranks(load_rank, ranks, str(folder), layout, source, fields, timeout=900.0)
+    for layout, ranks in LAYOUTS if linear_type is None else ROUNDED:
+        measured = run_ranks(load_rank, ranks, str(folder), layout, source, fields, linear_type, timeout=900.0)
         taken, shard, largest = max(measured, key=lambda one: one[0] - one[1] - one[2])
-        what = f"load {source}, {layout or 'one rank'}: shard {shard / 1e6:.0f} + tensor {largest / 1e6:.0f} + 200 MB"
+        stored = f"{source} as {linear_type}" if linear_type else source
+        what = f"load {stored}, {layout or 'one rank'}: shard {shard / 1e6:.0f} + tensor {largest / 1e6:.0f} + 200 MB"
         figures.append(Figure(what, taken / 1e6, (shard + largest + SLACK) / 1e6, "MB"))
     return figures
 
@@ -183,6 +190,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Measure and print; 1 when a limit is broken."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=10, help="of the synthetic model (default: %(default)s, 2.6 GB)")
+    parser.add_argument("--linear_type", help="measure loading into this type (int8), and nothing else")
     parser.add_argument("--json", action="store_true", help="print one JSON object per figure")
     args = parser.parse_args(words)
     fields = {**WIDE, "layers": args.layers, "vocab_size": 32000}
@@ -191,11 +199,14 @@ def main(words: Sequence[str] | None = None) -> int:
         folder = Path(name)
         size = make_checkpoint(folder / "hf", "hf", fields)
         print(f"synthetic checkpoint: {size / 1e9:.2f} GB in fp32", flush=True)
-        figures.append(planning(folder / "7b"))
-        figures += loading(folder / "hf", "hf", fields)
-        figures.append(converting(folder / "hf", folder / "meta", "meta", fields))
-        figures += loading(folder / "meta", "meta", fields)
-        figures.append(converting(folder / "meta", folder / "native", "native", fields))
+        if args.linear_type is not None:
+            figures += loading(folder / "hf", "hf", fields, args.linear_type)
+        else:
+            figures.append(planning(folder / "7b"))
+            figures += loading(folder / "hf", "hf", fields)
+            figures.append(converting(folder / "hf", folder / "meta", "meta", fields))
+            figures += loading(folder / "meta", "meta", fields)
+            figures.append(converting(folder / "meta", folder / "native", "native", fields))
     for figure in figures:
         line = f"{figure.what:<64} {figure.taken:>8.3g} of {figure.limit:.4g} {figure.unit}"
         print(json.dumps(asdict(figure)) if args.json else f"{line}  {'kept' if figure.kept else 'BROKEN'}", flush=True)

@@ -19,6 +19,8 @@ from math import prod
 from typing import Any
 
 from fms_parallel.errors import LayoutError, unknown
+from fms_parallel.fit import check_fit, check_schedule
+from fms_parallel.nearest import also, check, nearest, nearest_words
 from fms_parallel.schedules import FILE, SCHEDULES, check_schedule_word, find_schedule, least_stages_per_rank
 from fms_parallel.shape import ModelShape
 from fms_parallel.words import (
@@ -85,11 +87,8 @@ class ParallelLayout:
 
     def __post_init__(self) -> None:
         self._check_kinds()
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise LayoutError(unknown(name, str(getattr(self, name)), known))
-        check_schedule_word(str(self.schedule))
-        recompute_number(self.recompute)  # so that a bad word is refused here
+        for name in _DEFAULTS:
+            _check_choice(name, getattr(self, name))
         if self.hsdp and (self.dp, self.fsdp) != (1, 1):
             raise LayoutError(f"{self}: {_HSDP_SETS_BOTH}")
         if self.degrees.count(REST) + self.hsdp > 1:
@@ -222,9 +221,13 @@ class ParallelLayout:
             if name in values:
                 raise LayoutError(f"{text!r}: {name} is given twice.")
             values[name] = _READERS[name](name, value)
-        if values.get("hsdp") and {"dp", "fsdp"} & values.keys():
-            raise LayoutError(f"{text}: {_HSDP_SETS_BOTH}")
-        return cls(**values)
+            _check_choice(name, values[name])
+        try:
+            if values.get("hsdp") and {"dp", "fsdp"} & values.keys():
+                raise LayoutError(f"{text}: {_HSDP_SETS_BOTH}")
+            return cls(**values)
+        except LayoutError as error:
+            raise LayoutError(f"{error}{also(nearest_words(values, _DEFAULTS, cls))}") from None
 
     def __str__(self) -> str:
         """The shortest text that parses back to this layout; `""` is one process."""
@@ -258,16 +261,27 @@ class ParallelLayout:
 
     # ---- against a world and a model ----------------------------------------------------------------------------
 
-    def resolve(self, world_size: int, ranks_per_node: int | None = None) -> ParallelLayout:
+    def resolve(
+        self, world_size: int, ranks_per_node: int | None = None, shape: ModelShape | None = None
+    ) -> ParallelLayout:
         """The same layout with every degree known, checked against the number of ranks.
 
         Args:
             world_size: ranks in the job.
             ranks_per_node: for bare `hsdp`: shards stay inside a node, replicas go across. On a single node (or when
                 unknown) two replicas are made when the ranks can be halved.
+            shape: of the model, when it is known: the layouts that a refusal names fit it too. It checks nothing.
         Raises:
-            LayoutError: the degrees do not multiply to `world_size`.
+            LayoutError: the degrees do not multiply to `world_size`; names the nearest layouts that do.
         """
+        try:
+            return self._resolved(world_size, ranks_per_node)
+        except LayoutError as error:
+            rules = () if shape is None else (lambda layout: check_fit(layout, shape),)
+            near = nearest(self, rules, world_size) if world_size >= 1 else []
+            raise LayoutError(f"{error}{also(near)}") from None
+
+    def _resolved(self, world_size: int, ranks_per_node: int | None) -> ParallelLayout:
         if self.hsdp:
             return replace(self, **self._hsdp_degrees(world_size, ranks_per_node), hsdp=False)
         if self.resolved:
@@ -307,53 +321,15 @@ class ParallelLayout:
         """Check that a model of this shape can be cut this way.
 
         Raises:
-            LayoutError: naming the number, the rule and the degrees that work; also while a degree is still open.
+            LayoutError: naming the number, the rule and the nearest layouts that work; also while a degree is open.
         """
         self._refuse_open_degrees()
-        if shape.heads % self.tp:
-            raise LayoutError(
-                f"tp={self.tp} does not divide {shape.heads} heads: each rank holds whole heads. "
-                f"Use tp in {_tp_degrees(shape)}."
-            )
-        if shape.kv_heads % self.tp and self.tp % shape.kv_heads:
-            raise LayoutError(
-                f"tp={self.tp} with {shape.kv_heads} kv heads: one must divide the other, because kv heads are split "
-                f"or copied. Use tp in {_tp_degrees(shape)}."
-            )
-        if self.cp_method == "ulysses" and shape.heads // self.tp % self.cp:
-            held = f"a rank's {shape.heads // self.tp} of {shape.heads} heads do not divide by {self.cp}"
-            raise LayoutError(f"{self}: {held}. With cp_method=ulysses cp must divide them; cp_method=ring needs not.")
-        if self.tp > shape.ffn_width:
-            raise LayoutError(
-                f"tp={self.tp} with a feed-forward width of {shape.ffn_width}: a rank would hold nothing of it. "
-                f"Use tp in {_tp_degrees(shape)}."
-            )
-        if self.stages > shape.layers:
-            raise LayoutError(
-                f"{self.stages} pipeline stages (pp={self.pp} * virtual_stages={self.stages // self.pp}) for "
-                f"{shape.layers} blocks: each stage needs one; use at most {shape.layers} stages."
-            )
-        self.check_schedule()
-        if self.stage_split is not None and sum(self.stage_split) != shape.layers:
-            split = as_text("stage_split", self.stage_split)
-            raise LayoutError(
-                f"{split} adds up to {sum(self.stage_split)} blocks but the model has {shape.layers}: "
-                "change a number, or drop it for an even split."
-            )
+        check(self, lambda layout: check_fit(layout, shape))
 
     def check_schedule(self) -> None:
         """Raises LayoutError when the schedule cannot run these stages and micro-batches, or its file not be read."""
-        if self.pp == 1:
-            return
-        schedule = find_schedule(self.schedule)
-        refusal = schedule.refusal(self.pieces, self.pp, self.stages)
-        if refusal is not None:
-            raise LayoutError(f"schedule={self.schedule} with pp={self.pp}: {refusal}.")
-        if self.recompute == "selective" and schedule.splits_backward:
-            raise LayoutError(
-                f"schedule={self.schedule} goes through a block twice in its backward pass, and recompute=selective "
-                "keeps results for one: use recompute=full, or another schedule."
-            )
+        self._refuse_open_degrees()
+        check(self, check_schedule)
 
 
 # ---- helpers of this page ---------------------------------------------------------------------------------------
@@ -366,6 +342,16 @@ _HSDP_SETS_BOTH = "hsdp already sets dp and fsdp; drop it or drop them."
 
 def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check_choice(name: str, value: Any) -> None:
+    """Raises LayoutError for a word that is none of those that a field can have."""
+    if name == "schedule":
+        check_schedule_word(str(value))
+    elif name == "recompute":
+        recompute_number(value)
+    elif name in _CHOICES and value not in _CHOICES[name]:
+        raise LayoutError(unknown(name, str(value), _CHOICES[name]))
 
 
 _CHOICE_WORDS = {**_CHOICES, "recompute": RECOMPUTE_WORDS, "schedule": (*SCHEDULES, f"{FILE}PATH")}
@@ -381,9 +367,3 @@ _READERS: dict[str, Callable[[str, str | None], Any]] = {
 def _product(layout: ParallelLayout) -> str:
     known = [f"{axis}={degree}" for axis, degree in zip(AXES, layout.degrees, strict=True) if degree > 1]
     return " * ".join(known) or "every degree is 1"
-
-
-def _tp_degrees(shape: ModelShape) -> list[int]:
-    """Every tp that cuts both heads and kv heads and leaves no rank without feed-forward."""
-    divisors = (d for d in range(1, min(shape.heads, shape.ffn_width) + 1) if shape.heads % d == 0)
-    return [d for d in divisors if shape.kv_heads % d == 0 or d % shape.kv_heads == 0]

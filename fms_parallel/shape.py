@@ -108,16 +108,17 @@ class ModelShape:
         """Bytes that one rank keeps for the backward pass of one forward, without recomputation.
 
         Counts what this library's modules save per token (Korthikanti et al. 2022, arXiv 2205.05198, with fused
-        attention, so no S x S scores). Per block: two norm inputs, the input of each column-parallel region (gathered
-        with sp), q, k, v, the attention output and its log-sum-exp, gate and up and what the down matrix reads. After
-        the blocks: the last norm's input and the head's. Not counted: dropout masks, a gate other than silu (F more
-        per block and token), fused q, k, v (of which v keeps all: (H + K) * D more), matrices cast to another dtype,
-        and what the loss keeps, which is the head's gradient.
+        attention, so no S x S scores). Per block: two norm inputs, the input of each column-parallel region (with sp a
+        run of 1/tp, gathered again in the backward pass; all of it where experts choose), q, k, v, the attention output
+        and its log-sum-exp, gate and up and what the down matrix reads. After the blocks: the last norm's input and
+        the gradient of the head's. Not counted: dropout masks, a gate other than silu (F more per block and token),
+        fused q, k, v (of which v keeps all; (H + K) * D more), matrices cast to another dtype, and what the loss keeps,
+        which is the head's gradient.
         """
-        outside = self.width / (tp if sp else 1) + self.width
+        run = self.width / (tp if sp else 1)
         heads = (self.heads * 2 + 2 * max(self.kv_heads, tp)) * self.head_width / tp
         feed_forward = self.experts_used * (3 if self.gated else 2) * self.ffn_width / tp
-        if self.experts > 1:  # what each of a token's experts read and made
-            feed_forward += 2 * self.experts_used * self.width
-        block = bytes_per_element * (2 * outside + heads + feed_forward) + 4 * self.heads / tp
-        return int(batch * sequence * (self.layers * block + bytes_per_element * outside))
+        if self.experts > 1:  # what they choose from, and what each of a token's experts read and made
+            feed_forward += self.width - run + 2 * self.experts_used * self.width
+        block = bytes_per_element * (4 * run + heads + feed_forward) + 4 * self.heads / tp
+        return int(batch * sequence * (self.layers * block + bytes_per_element * 2 * run))

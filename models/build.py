@@ -24,10 +24,8 @@ from fms_parallel.layout import ParallelLayout
 from fms_parallel.shape import ModelShape
 from fms_parallel.strategy.base import Strategy
 from fms_parallel.strategy.compose import DTYPES as STORED_AS
-from fms_parallel.strategy.compose import compose, refuse_unimplemented
-from fms_parallel.strategy.context import refuse_without_context
+from fms_parallel.strategy.compose import check_layout, compose
 from fms_parallel.strategy.materialise import initialise, materialise
-from fms_parallel.strategy.recompute import refuse_budget_without_compile
 
 from .checked import checked
 from .hf.pretrained import CONFIGURED, PRETRAINED, described
@@ -119,11 +117,9 @@ def get_model(
     dtype = dtype_of(data_type)
     launch = Launch.read()
     strategy = distributed_strategy if isinstance(distributed_strategy, Strategy) else None
-    layout = ParallelLayout() if strategy else _layout(distributed_strategy, launch)  # type: ignore[arg-type]
-    layout.validate(config.shape())
-    refuse_unimplemented(layout)
-    refuse_budget_without_compile(layout, compile_blocks)
-    refuse_without_context(known.build, layout)
+    shape = config.shape()
+    layout = ParallelLayout() if strategy else _layout(distributed_strategy, launch, shape)  # type: ignore[arg-type]
+    check_layout(layout, shape=shape, model=known.build, compile_blocks=compile_blocks)
     check_linear_type(linear_type, linear_skip, layout, own_fill=fill is not None)
     if model_path is not None:
         check_described(known, config, Path(model_path))
@@ -165,14 +161,14 @@ def save_hf(model: nn.Module, folder: str | Path) -> None:
     save_weights(model, folder, known.adapters["hf"](model.config), extra_files={"config.json": text})
 
 
-def _layout(word: str | ParallelLayout | None, launch: Launch) -> ParallelLayout:
+def _layout(word: str | ParallelLayout | None, launch: Launch, shape: ModelShape) -> ParallelLayout:
     """None, and a `ParallelLayout` of one process, are one process whatever the launcher started."""
     if word is None or word == "":
         return ParallelLayout()
     if isinstance(word, ParallelLayout) and word.resolved and word.world_size == 1:
         return word
     world = dist.get_world_size() if dist.is_initialized() else launch.world_size
-    return ParallelLayout.parse(word).resolve(world, launch.local_world_size)
+    return ParallelLayout.parse(word).resolve(world, launch.local_world_size, shape)
 
 
 def _check_request(

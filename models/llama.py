@@ -16,16 +16,16 @@ from torch.distributed.tensor import Placement
 
 from fms_parallel.errors import ConfigError
 from fms_parallel.modules.attention import Attention, AttentionShape
-from fms_parallel.modules.context import Context, last_position, positions_of
 from fms_parallel.modules.dropout import Dropout
 from fms_parallel.modules.embedding import Embedding, Head
 from fms_parallel.modules.feedforward import FeedForward
 from fms_parallel.modules.norm import RMSNorm
 from fms_parallel.modules.positions import Rotary
-from fms_parallel.modules.sequences import DropoutKey, KVStore, Sequences
+from fms_parallel.modules.sequences import Sequences
 from fms_parallel.modules.tp import TPModule
 from fms_parallel.shape import ModelShape
 
+from .causal import CausalModel
 from .hf.llama import BIASES, hf_adapter, read_fields, stored_form, written_fields
 from .llama_meta import config_from_meta, config_to_meta, meta_adapter, meta_files
 from .registry import Architecture, register_model
@@ -178,7 +178,7 @@ class TPLLaMABlock(TPModule, LLaMABlock):
         return {}
 
 
-class LLaMA(nn.Module):
+class LLaMA(CausalModel):
     """Embedding, L blocks, norm, head."""
 
     block: type[LLaMABlock] = LLaMABlock
@@ -195,64 +195,14 @@ class LLaMA(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor | None = None,
-        *,
-        positions: Tensor | None = None,
-        first_position: int = 0,
-        mask: Tensor | None = None,
-        cache: KVStore | None = None,
-        dropout: DropoutKey | None = None,
-        last: int | None = None,
-        context: Context | None = None,
-    ) -> Tensor:
-        """Logits, or the summed loss.
-
-        Args:
-            input_ids: `[B, S]`. labels: `[B, S]`, the token wanted *at* each position (already shifted), -100 for none.
-            positions: `[B, S]` when rows differ; otherwise they are first_position .. first_position + S.
-            mask: bool `[B, 1, S, T]`, True where a query may attend; None is causal. cache: earlier keys and values.
-            dropout: names this forward's random bits; needed in training when the config drops anything.
-            last: only the logits of the last so many positions.
-            context: what of longer sequences the S tokens are, when the ranks of cp share them.
-        Returns:
-            logits `[B, S or last, V]`, or with labels the cross-entropy summed over tokens, in fp32.
-        Raises:
-            ConfigError: more positions than `max_positions`.
-        """
-        batch, length = input_ids.shape
-        if positions is None:
-            positions = positions_of(length, first_position, context, input_ids.device)
-        more = {"mask": mask, "cache": cache, "dropout": dropout, "context": context}
-        seq = self.sequences(batch, length, positions, first_position, **more)
-        x = self.enter(input_ids, seq)
-        for block in self.layers:
-            x = block(x, seq)
-        return self.leave(x, seq, labels, last)
-
-    # The parts of a forward, which a pipeline stage runs one by one.
-
-    @property
-    def activation_width(self) -> int:
-        """E."""
-        return self.config.width
-
     def sequences(self, batch: int, length: int, positions: Tensor, first_position: int = 0, **more: Any) -> Sequences:
         """What every block is told; arguments as of `forward`."""
-        end = last_position(length, first_position, more.get("context"))
-        if end > self.config.max_positions:
-            raise ConfigError(f"position {end} is beyond max_positions={self.config.max_positions} of this model.")
+        end = self.end_of(length, first_position, more.get("context"))
         return Sequences(batch, length, self.rotary.tables(positions, end), **more)
 
     def enter(self, input_ids: Tensor, seq: Sequences) -> Tensor:
         """Ids `[B, S]` -> what the first block reads."""
         return self.embedding_dropout(self.embedding(input_ids), seq)
-
-    def leave(self, x: Tensor, seq: Sequences, labels: Tensor | None = None, last: int | None = None) -> Tensor:
-        """What the last block made -> logits or loss."""
-        return self.head(self.norm(x), seq, labels, last)
 
 
 # ---- variants ---------------------------------------------------------------------------------------------------

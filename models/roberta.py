@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement
 
 from fms_parallel.errors import ConfigError, unknown
 from fms_parallel.modules.added_embedding import AddedEmbedding
 from fms_parallel.modules.attention import Attention, AttentionShape
+from fms_parallel.modules.context import Context, last_position, positions_of
 from fms_parallel.modules.dense import Dense, Drops, SequenceClassifier
 from fms_parallel.modules.dropout import Dropout
 from fms_parallel.modules.embedding import Embedding, Head
 from fms_parallel.modules.feedforward import FeedForward
-from fms_parallel.modules.loss import IGNORE
+from fms_parallel.modules.loss import summed_cross_entropy
 from fms_parallel.modules.norm import LayerNorm
 from fms_parallel.modules.sequences import DropoutKey, Sequences
 from fms_parallel.modules.tp import TPModule
@@ -239,35 +239,95 @@ class RobertaBody(nn.Module):
         self.embedding_dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(RobertaBlock(config, layer) for layer in range(config.layers))
 
-    def encode(
-        self, input_ids: Tensor, mask: Tensor | None, token_types: Tensor | None, dropout: DropoutKey | None
-    ) -> tuple[Tensor, Sequences]:
-        """The last block's output, `[B, S, E]` or with sp `[T/tp, E]`, and what the head must know of it; see `forward`
-        of the tasks."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        token_types: Tensor | None = None,
+        dropout: DropoutKey | None = None,
+        context: Context | None = None,
+    ) -> Tensor:
+        """Logits, or the summed loss.
+
+        Args:
+            input_ids: `[B, S]`. labels: what the task asks for, -100 for nothing; see `leave`.
+            mask: bool `[B, S]`, True for tokens that may be attended to; None: all but padding.
+            token_types: `[B, S]`; None: all 0. dropout: names this forward's random bits.
+            context: what of longer sequences the S tokens are, when the ranks of cp share them; collective over them.
+        Returns:
+            logits, or with labels the cross-entropy summed over them, in fp32.
+        Raises:
+            ConfigError: more tokens than `max_positions`.
+        """
         batch, length = input_ids.shape
-        if length > self.config.max_positions:
-            raise ConfigError(f"{length} tokens are more than max_positions={self.config.max_positions} of this model.")
-        real = self._real(input_ids)
-        seen = real if mask is None else mask.to(torch.bool)
-        if token_types is None:
-            token_types = torch.zeros(length, dtype=torch.int64, device=input_ids.device)
-        seq = Sequences(batch, length, mask=None if seen is None else seen[:, None, None, :], dropout=dropout)
-        x = self.token_type_embedding(self.embedding(input_ids), token_types, seq)
-        x = self.position_embedding(x, self._positions(input_ids, real), seq)
-        x = self.embedding_dropout(self.embedding_norm(x), seq)
+        told: dict[str, Any] = self.facts(input_ids, context, mask=mask, token_types=token_types)
+        told.setdefault("positions", positions_of(length, 0, context, input_ids.device))
+        more: dict[str, Any] = {"dropout": dropout, "context": context}
+        seq = self.sequences(batch, length, told.pop("positions"), **more, **told)
+        x = self.enter(input_ids, seq)
         for block in self.layers:
             x = block(x, seq)
-        return x, seq
+        return self.leave(x, seq, labels)
 
-    def _real(self, input_ids: Tensor) -> Tensor | None:
-        """Bool `[B, S]`: which tokens are no padding; None when there is no padding token."""
-        return None if self.config.padding_id is None else input_ids != self.config.padding_id
+    # The parts of a forward, which a pipeline stage runs one by one.
 
-    def _positions(self, input_ids: Tensor, real: Tensor | None) -> Tensor:
-        """`[B, S]` or `[S]`: the row of the table for each token."""
-        if self.config.positions == "bert" or real is None:
-            return torch.arange(input_ids.shape[1], device=input_ids.device)
-        return real.cumsum(1) * real + (self.config.first_position - 1)
+    row_labels = False
+    """Whether labels are of a whole row rather than of each of its tokens."""
+
+    @property
+    def activation_width(self) -> int:
+        """E."""
+        return self.config.width
+
+    def facts(
+        self,
+        input_ids: Tensor,
+        context: Context | None = None,
+        *,
+        mask: Tensor | None = None,
+        token_types: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What blocks must know of these tokens and cannot see themselves; arguments as of `forward`.
+
+        Returns:
+            arguments of `sequences`: `mask [B, S]` of whole rows, also where ranks share them; `positions` and
+            `token_types` of the tokens here.
+        """
+        padding, positions = self.config.padding_id, None
+        whole = input_ids if context is None or padding is None else context.gathered(input_ids)
+        real = None if padding is None else whole != padding
+        if mask is not None and context is not None:
+            mask = context.gathered(mask)
+        if self.config.positions == "roberta" and real is not None:
+            positions = real.cumsum(1) * real + (self.config.first_position - 1)
+            positions = positions if context is None else context.cut(positions, 1)
+        found = {"mask": real if mask is None else mask.bool(), "positions": positions, "token_types": token_types}
+        return {name: each for name, each in found.items() if each is not None}
+
+    def sequences(self, batch: int, length: int, positions: Tensor, first_position: int = 0, **more: Any) -> Sequences:
+        """What every block is told; `mask [B, S]` and others as of `facts`."""
+        end = last_position(length, first_position, more.get("context"))
+        if end > self.config.max_positions:
+            raise ConfigError(f"{end} tokens are more than max_positions={self.config.max_positions} of this model.")
+        mask = more.pop("mask", None)
+        seen = None if mask is None else mask[:, None, None, :]
+        return Sequences(batch, length, mask=seen, positions=positions, **more)
+
+    def enter(self, input_ids: Tensor, seq: Sequences) -> Tensor:
+        """Ids `[B, S]` -> what the first block reads."""
+        assert seq.positions is not None
+        types = seq.token_types
+        if types is None:
+            types = torch.zeros(seq.length, dtype=torch.int64, device=input_ids.device)
+        x = self.token_type_embedding(self.embedding(input_ids), types, seq)
+        x = self.position_embedding(x, seq.positions, seq)
+        return self.embedding_dropout(self.embedding_norm(x), seq)
+
+    def leave(self, x: Tensor, seq: Sequences, labels: Tensor | None = None) -> Tensor:
+        """What the last block made -> logits or loss."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its task makes of it")
 
 
 class RobertaMaskedLM(RobertaBody):
@@ -281,72 +341,47 @@ class RobertaMaskedLM(RobertaBody):
         if config.tied:
             self.head.weight = self.embedding.weight
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
-        token_types: Tensor | None = None,
-        dropout: DropoutKey | None = None,
-    ) -> Tensor:
-        """Logits, or the summed loss.
-
-        Args:
-            input_ids: `[B, S]`. labels: `[B, S]`, the token wanted at each position, -100 for none.
-            mask: bool `[B, S]`, True for tokens that may be attended to; None: all but padding.
-            token_types: `[B, S]`; None: all 0. dropout: names this forward's random bits.
-        Returns:
-            logits `[B, S, V]`, or with labels the cross-entropy summed over tokens, in fp32.
-        Raises:
-            ConfigError: more tokens than `max_positions`.
-        """
-        x, seq = self.encode(input_ids, mask, token_types, dropout)
+    def leave(self, x: Tensor, seq: Sequences, labels: Tensor | None = None) -> Tensor:
+        """Logits `[B, S, V]`; with labels `[B, S]`, the token wanted at each position, the summed cross-entropy."""
         return self.head(self.head_norm(self.head_dense(x)), seq, labels)
 
 
 class RobertaClassification(RobertaBody):
     """A class for each sequence, from its first token."""
 
+    row_labels = True
+
     def __init__(self, config: RobertaClassificationConfig) -> None:
         super().__init__(config)
         salt = 2 * config.layers + 1  # the last block's is 2 L
         self.classifier = SequenceClassifier(config.width, config.classes, config.drops, salt, config.std)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **options: Any) -> Tensor:
-        """Logits `[B, C]`; with labels `[B]`, -100 for none, the summed cross-entropy. Options: `RobertaMaskedLM`."""
-        x, seq = self.encode(input_ids, *_options(options))
+    def leave(self, x: Tensor, seq: Sequences, labels: Tensor | None = None) -> Tensor:
+        """Logits `[B, C]`; with labels `[B]` the summed cross-entropy.
+
+        Where ranks share rows, only the first has their first tokens: elsewhere logits mean nothing, labels are -100.
+        """
         logits = self.classifier(x, seq)
-        return logits if labels is None else _summed_loss(logits, labels)
+        return logits if labels is None else summed_cross_entropy(logits, labels)
 
 
 class RobertaQuestionAnswering(RobertaBody):
     """Where in a sequence the answer to its question begins and ends."""
 
+    row_labels = True
+
     def __init__(self, config: RobertaQuestionAnsweringConfig) -> None:
         super().__init__(config)
         self.head = Head(2, config.width, config.std, bias=True)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **options: Any) -> Tensor:
-        """Scores `[B, S, 2]` for being first and last; with labels `[B, 2]`, those positions or -100, the summed
-        cross-entropy over the S positions. Options: see `RobertaMaskedLM`."""
-        x, seq = self.encode(input_ids, *_options(options))
+    def leave(self, x: Tensor, seq: Sequences, labels: Tensor | None = None) -> Tensor:
+        """Scores `[B, S, 2]` for being first and last; with labels `[B, 2]`, those positions, the summed cross-entropy
+        over the positions of whole rows, which are put together where ranks share them."""
         scores = self.head(x, seq)
-        return scores if labels is None else _summed_loss(scores.transpose(1, 2), labels)
-
-
-def _options(given: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, DropoutKey | None]:
-    known = ("mask", "token_types", "dropout")
-    for name in given:
-        if name not in known:
-            raise ConfigError(unknown("argument", name, known))
-    return given.get("mask"), given.get("token_types"), given.get("dropout")
-
-
-def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """`[B, C]` or `[B, 2, S]` against `[B]` or `[B, 2]`."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
-    return F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        if labels is None:
+            return scores
+        whole = scores if seq.context is None else seq.context.gathered(scores)
+        return summed_cross_entropy(whole.transpose(1, 2), labels)
 
 
 # ---- variants ---------------------------------------------------------------------------------------------------

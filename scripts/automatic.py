@@ -104,10 +104,11 @@ def runnable(args: argparse.Namespace, config: Any) -> Callable[[ParallelLayout]
     """A function that raises for every layout which this model cannot run in."""
     import torch
 
+    from fms_parallel.fit import check_fit
     from fms_parallel.models.build import find_model
     from fms_parallel.strategy.compose import refuse_unimplemented
     from fms_parallel.strategy.context import refuse_without_context
-    from fms_parallel.strategy.stages import refuse_tied_ends, refuse_unless_stageable
+    from fms_parallel.strategy.stages import refuse_unless_stageable
 
     known, _ = find_model(args.architecture, args.variant, args.model_path, {})
     with torch.device("meta"):
@@ -115,12 +116,11 @@ def runnable(args: argparse.Namespace, config: Any) -> Callable[[ParallelLayout]
     shape = config.shape()
 
     def refuse(layout: ParallelLayout) -> None:
-        layout.validate(shape)
+        check_fit(layout, shape)
         refuse_unimplemented(layout)
         refuse_without_context(type(model), layout)
         if layout.pp > 1:
             refuse_unless_stageable(model)
-            refuse_tied_ends(("the embedding",) if shape.tied else (), layout)
 
     return refuse
 

@@ -103,12 +103,13 @@ def read_layout(args: argparse.Namespace) -> ParallelLayout | None:
 
 def check_request(args: argparse.Namespace, config: Any, layout: ParallelLayout) -> None:
     """What can be known to be wrong before a process group starts."""
-    from fms_parallel.strategy.compose import refuse_unimplemented
-    from fms_parallel.strategy.recompute import refuse_budget_without_compile
+    from fms_parallel.data.feed import check_divides
+    from fms_parallel.strategy.compose import check_layout
 
-    layout.validate(config.shape())
-    refuse_unimplemented(layout)
-    refuse_budget_without_compile(layout, args.compile)
+    def divides(each: ParallelLayout) -> None:
+        check_divides(args.batch_size, each.data_parallel, args.grad_accum_steps)
+
+    check_layout(layout, divides, shape=config.shape(), compile_blocks=args.compile)
     if args.seq_len > config.max_positions:
         raise ConfigError(
             f"--seq_len {args.seq_len} is longer than the model's max_positions={config.max_positions}: "

@@ -2,6 +2,7 @@
 
     python scripts/train_masked.py --steps 100                                                   hidden tokens
     torchrun --nproc_per_node=2 scripts/train_masked.py --distributed tp=2,sp --export_path runs/model
+    torchrun --nproc_per_node=4 scripts/train_masked.py --distributed pp=2,cp=2
     python scripts/train_masked.py --task classification --dataset_path reviews.jsonl \\
         --architecture hf_pretrained --model_path runs/model                                      fine-tune it
 
@@ -30,7 +31,7 @@ from fms_parallel.training.options import TrainOptions
 from scripts import automatic, common
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from fms_parallel.data import RowDataset
     from fms_parallel.distributed.start import Launch
@@ -259,12 +260,12 @@ def accuracy(model: nn.Module, data: RowDataset, options: TrainOptions) -> float
     from fms_parallel.training import evaluate
 
     device = local_tensor(next(model.parameters())).device
-    return evaluate(model, data, batch_size=options.batch_size, device=device, loss_function=count_right)
+    return evaluate(model, data, batch_size=options.batch_size, device=device, judge=count_right)
 
 
-def count_right(model: nn.Module, batch: Any, key: Any) -> Any:
+def count_right(logits: Tensor, labels: Tensor) -> Tensor:
     """How many labels are the likeliest."""
-    return (model(batch.input_ids).argmax(-1) == batch.labels).sum()
+    return (logits.argmax(-1) == labels).sum()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from fms_parallel.compat.ranks import (
     replicate,
     set_fsdp_collectives,
     set_group_timeout,
+    start_all_gather_single,
 )
 from fms_parallel.compat.stages import (
     compile_within,

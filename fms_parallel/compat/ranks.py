@@ -10,13 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 
 def all_gather_single(out: Tensor, shard: Tensor, group: dist.ProcessGroup) -> None:
     """Concatenate every rank's `shard` along dim 0 into `out` (named `all_gather_into_tensor` before torch 2.13)."""
     gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(out, shard, group=group)
+
+
+def start_all_gather_single(out: Tensor, shard: Tensor, group: dist.ProcessGroup) -> Callable[[], object]:
+    """`all_gather_single` begun: whole when what is returned has been called."""
+    gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work = gather(out, shard, group=group, async_op=True)
+    return work.wait  # type: ignore[no-any-return]
 
 
 def reduce_scatter_single(out: Tensor, full: Tensor, group: dist.ProcessGroup) -> None:
@@ -51,11 +58,23 @@ def functional_reduce_scatter(full: Tensor, group: dist.ProcessGroup) -> Tensor:
 def local_shape_and_offset(
     shape: torch.Size, mesh: DeviceMesh, placements: tuple[Any, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and global offset of this rank's piece of a DTensor, `_StridedShard` placements included."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    """Shape and global offset of this rank's piece of a DTensor, `_StridedShard` placements included.
 
-    local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
-    return tuple(local), tuple(offset)
+    A strided cut is FSDP2's, of what the other axes had left of that dimension, so it comes last here. torch's own
+    helper makes it first, and is wrong by a row where an uneven dimension (97 rows, tp=2) is cut in four again.
+    """
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    size, offset = list(shape), [0] * len(shape)
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "a rank that is not in the mesh holds no piece"
+    cuts = [(axis, cut) for axis, cut in enumerate(placements) if isinstance(cut, (Shard, _StridedShard))]
+    for axis, cut in sorted(cuts, key=lambda each: isinstance(each[1], _StridedShard)):  # a stable sort
+        chunk = -(-size[cut.dim] // mesh.size(axis))
+        start = min(coordinate[axis] * chunk, size[cut.dim])
+        offset[cut.dim] += start
+        size[cut.dim] = min(chunk, size[cut.dim] - start)
+    return tuple(size), tuple(offset)
 
 
 def replicate(module: nn.Module | list[nn.Module], mesh: DeviceMesh, **policies: Any) -> None:

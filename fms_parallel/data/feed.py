@@ -72,7 +72,7 @@ class Feed:
         index, count = shard
         if not 0 <= index < count:
             raise ConfigError(f"shard {index} of {count}: the index must lie in [0, {count}).")
-        _check_divides(global_batch, count, micro_batches)
+        check_divides(global_batch, count, micro_batches)
         if not len(dataset):
             raise DataError("the dataset has no rows; add data or use a shorter seq_len.")
         self.dataset = dataset
@@ -125,7 +125,8 @@ class Feed:
         return self._orders[epoch]
 
 
-def _check_divides(global_batch: int, shards: int, micro_batches: int) -> None:
+def check_divides(global_batch: int, shards: int, micro_batches: int) -> None:
+    """Raises ConfigError when `shards` ranks with so many micro-batches each cannot share a batch evenly."""
     if micro_batches < 1:
         raise ConfigError(f"micro_batches={micro_batches}: must be >= 1.")
     unit = shards * micro_batches

@@ -5,7 +5,7 @@ It knows one axis of ranks and plain local tensors; it knows no modules and no D
     forward            backward          where
     copy_in            all-reduce        before a column-parallel matrix, without sp
     reduce_out         identity          after a row-parallel matrix, without sp
-    gather_tokens      reduce-scatter    before a column-parallel matrix, with sp
+    gather_tokens      reduce-scatter    before a column-parallel matrix, with sp (see also `TokenRun`)
     scatter_tokens     all-gather        after a row-parallel matrix, with sp
     gather_last        slice             logits made whole for a caller who wants them
     exchange           exchange          positions for heads, when ranks share a sequence
@@ -40,6 +40,13 @@ class Axis:
     size: int
     rank: int
     backend: str
+    own_means: Means | None = None
+    """How they talk where not as the backend does best."""
+
+    @property
+    def means(self) -> Means:
+        """How they talk."""
+        return self.own_means or MEANS.get(self.backend, NATIVE)
 
     @classmethod
     def of(cls, mesh: DeviceMesh) -> Axis:
@@ -63,8 +70,19 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     if torch.compiler.is_compiling():
         return compat.functional_all_reduce(x, axis.group)
     x = x.contiguous()
-    MEANS.get(axis.backend, NATIVE).all_reduce(x, axis.group)
+    axis.means.all_reduce(x, axis.group)
     return x
+
+
+def summed(x: Tensor, axis: Axis) -> Tensor:
+    """Sum over the axis; `x` stays as it is."""
+    if axis.size == 1:
+        return x.view_as(x)
+    if torch.compiler.is_compiling():
+        return compat.functional_all_reduce(x, axis.group)
+    if axis.means.summed is not None:
+        return axis.means.summed(x.contiguous(), axis.group)
+    return all_reduce(x.clone(), axis)
 
 
 def all_gather(x: Tensor, axis: Axis) -> Tensor:
@@ -74,8 +92,23 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     if torch.compiler.is_compiling():
         return compat.functional_all_gather(x.contiguous(), axis.group)
     out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    MEANS.get(axis.backend, NATIVE).all_gather(out, x.contiguous(), axis.group)
+    axis.means.all_gather(out, x.contiguous(), axis.group)
     return out
+
+
+def start_all_gather(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
+    """`all_gather` begun, for eager code: the result waits for it and returns it. Nobody may write to `x` before."""
+    if axis.size == 1:
+        return lambda: x
+    x = x.contiguous()
+    out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
+    arrived = axis.means.start_all_gather(out, x, axis.group)
+
+    def wait(sent: Tensor = x) -> Tensor:  # kept until it has left
+        arrived()
+        return out
+
+    return wait
 
 
 def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
@@ -86,7 +119,7 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
         return compat.functional_reduce_scatter(x.contiguous(), axis.group)
     x = x.contiguous()
     out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
-    MEANS.get(axis.backend, NATIVE).reduce_scatter(out, x, axis.group)
+    axis.means.reduce_scatter(out, x, axis.group)
     return out
 
 
@@ -95,15 +128,22 @@ def _sum(x: Tensor, group: dist.ProcessGroup) -> None:
 
 
 class Means(NamedTuple):
-    """How a backend does it: `all_reduce(x, group)` in place, the others into `out`, along dim 0."""
+    """How a backend does it: `all_reduce(x, group)` in place, gathers and `reduce_scatter` into `out`, along dim 0.
+
+    `summed(x, group)` leaves `x` as it is; None: a copy is summed.
+    """
 
     all_reduce: Callable[[Tensor, dist.ProcessGroup], object]
     all_gather: Callable[[Tensor, Tensor, dist.ProcessGroup], None]
+    start_all_gather: Callable[[Tensor, Tensor, dist.ProcessGroup], Callable[[], object]]
     reduce_scatter: Callable[[Tensor, Tensor, dist.ProcessGroup], None]
+    summed: Callable[[Tensor, dist.ProcessGroup], Tensor] | None = None
 
 
-NATIVE = Means(_sum, compat.all_gather_single, compat.reduce_scatter_single)
-MEANS = {"gloo": Means(direct.all_reduce, direct.all_gather, direct.reduce_scatter)}
+NATIVE = Means(_sum, compat.all_gather_single, compat.start_all_gather_single, compat.reduce_scatter_single)
+MEANS = {
+    "gloo": Means(direct.all_reduce, direct.all_gather, direct.start_all_gather, direct.reduce_scatter, direct.summed)
+}
 """Backend -> what is cheaper than its own."""
 
 
@@ -157,10 +197,8 @@ class _CopyIn(torch.autograd.Function):
 class _ReduceOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        if torch.compiler.is_compiling():
-            return all_reduce(x, axis)  # out of place there
-        # `x` is the fresh result of a matrix product that no backward formula reads: summing in place is safe.
-        return all_reduce(x.clone() if x._is_view() else x.detach(), axis)
+        # Never in `x`: selective recomputation keeps what a matrix product gave, and would sum the sum.
+        return summed(x, axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -176,6 +214,35 @@ class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return reduce_scatter(_pad_tokens(grad, ctx.axis), ctx.axis), None, None
+
+
+class TokenRun(NamedTuple):
+    """This rank's run of `tokens` tokens, where a region reads all of them.
+
+    What multiplies it (`modules/linear.py`) gathers it for the product and keeps the run alone for the backward pass,
+    which gathers it again: T * E * (tp - 1) / tp numbers less (arXiv 2205.05198). For eager code.
+    """
+
+    run: Tensor
+    axis: Axis
+    tokens: int
+
+    def whole(self) -> Tensor:
+        """All `[T, ...]`, which whatever reads them will keep."""
+        return gather_tokens(self.run, self.axis, self.tokens)
+
+    def gathered(self) -> Tensor:
+        """All `[T, ...]`, without a gradient."""
+        return all_gather(self.run, self.axis)[: self.tokens]
+
+    def start_gather(self) -> Callable[[], Tensor]:
+        """`gathered`, begun."""
+        wait = start_all_gather(self.run, self.axis)
+        return lambda: wait()[: self.tokens]
+
+    def scattered(self, gradient: Tensor) -> Tensor:
+        """The gradient of the run, from this rank's part of the gradient of all tokens."""
+        return reduce_scatter(_pad_tokens(gradient, self.axis), self.axis)
 
 
 class _ScatterTokens(torch.autograd.Function):
@@ -216,12 +283,14 @@ class _GatherLast(torch.autograd.Function):
 
 def copy_in(x: Tensor, axis: Axis) -> Tensor:
     """Identity; the gradient is summed over the axis."""
-    return _CopyIn.apply(x, axis)
+    return _CopyIn.apply(x, axis) if torch.is_grad_enabled() else x
 
 
 def reduce_out(x: Tensor, axis: Axis) -> Tensor:
     """Sum over the axis; the gradient passes unchanged. Consumes `x`."""
-    return _ReduceOut.apply(x, axis)
+    if torch.is_grad_enabled():
+        return _ReduceOut.apply(x, axis)
+    return all_reduce(x.clone() if x._is_view() and not torch.compiler.is_compiling() else x, axis)
 
 
 def gather_tokens(x: Tensor, axis: Axis, tokens: int) -> Tensor:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from fms_parallel.errors import FmsError, LayoutError
+from fms_parallel.fit import check_fit
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.shape import ModelShape
 
@@ -30,7 +31,7 @@ def remaining_layout(
     for layout in _candidates(asked, world):
         try:
             if shape is not None:
-                layout.validate(shape)
+                check_fit(layout, shape)
         except FmsError:
             continue
         if batch_size % (layout.data_parallel * micro_batches) == 0:

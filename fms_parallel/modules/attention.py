@@ -23,7 +23,7 @@ from fms_parallel.errors import ConfigError, LayoutError
 from fms_parallel.modules.context_attention import Rule, context_attention, dropped_context_attention
 from fms_parallel.modules.dropout import Dropout
 from fms_parallel.modules.initial import Fill, Init, Normal
-from fms_parallel.modules.linear import Multiplies
+from fms_parallel.modules.linear import Input, Multiplies
 from fms_parallel.modules.norm import rms_norm
 from fms_parallel.modules.positions import rotate_both
 from fms_parallel.modules.scores import dropped_scores, scores
@@ -105,7 +105,7 @@ class Attention(Multiplies):
         """What reads the tokens, and what reads the heads."""
         return {"input": ("qkv",) if self.shape.fused else ("query", "key", "value"), "output": ("out",)}
 
-    def attend(self, x: Tensor, seq: Sequences) -> Tensor:
+    def attend(self, x: Input, seq: Sequences) -> Tensor:
         """`[..., E]` -> the heads' outputs side by side, `[B, S, (this rank's heads) * D]`."""
         q, k, v = self.project(x, seq)
         if self.shape.qk_norm_eps is not None:
@@ -135,7 +135,7 @@ class Attention(Multiplies):
         """Index of the first query head held here."""
         return 0
 
-    def project(self, x: Tensor, seq: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Input, seq: Sequences) -> tuple[Tensor, Tensor, Tensor]:
         """`[..., E]` -> q `[B, S, h, D]`, k and v `[B, S, k, D]` for the h query and k kv heads held here."""
         split = self.split_fused if self.shape.fused else self.split_apart
         return split(self.multiply("input", x), seq)
@@ -205,7 +205,7 @@ class TPAttention(TPModule, Attention):
 
     def forward(self, x: Tensor, seq: Sequences) -> Tensor:
         """`[B, S, E]`, or `[T/tp, E]` with sp, in the same form back."""
-        heads = self.attend(self.enter(x, seq.tokens), seq)
+        heads = self.attend(self.read(x, seq.tokens), seq)
         return self.leave(self.multiply("output", heads)[0], self.out.bias)
 
     def piece(self, owner: str, parameter: Tensor, like: Tensor) -> Tensor:

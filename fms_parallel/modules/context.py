@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fms_parallel.distributed.collectives import Axis
+from fms_parallel.distributed.collectives import Axis, gather_tokens
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,15 @@ class Context:
         """What all ranks hold, `[cp, .., held, D]`, in the order of positions: `[.., 2 cp chunk, D]`."""
         heads, tails = pieces.split(self.chunk, -2)
         return torch.cat([heads, tails.flip(0)]).movedim(0, -3).flatten(-3, -2)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """What each rank holds, `[B, held, ..]` -> all of it on every rank, `[B, S, ..]`; gradients are summed and cut.
+
+        Collective over the axis.
+        """
+        flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+        everyone = gather_tokens(flat.unsqueeze(0), self.axis, self.axis.size)
+        return self.whole(everyone)[:, : self.length].reshape(x.shape[0], self.length, *x.shape[2:])
 
     def pieces(self, whole: Tensor) -> Tensor:
         """The inverse of `whole`: `[.., S, D]` -> `[cp, .., held, D]`, zero in the padding."""

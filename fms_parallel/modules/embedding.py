@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Shard
 
 from fms_parallel.compat import assert_on_device
-from fms_parallel.distributed.collectives import gather_last
+from fms_parallel.distributed.collectives import TokenRun, gather_last
 from fms_parallel.errors import ConfigError
 from fms_parallel.modules.initial import Fill, Init, Normal
 from fms_parallel.modules.linear import Multiplies
@@ -154,7 +154,8 @@ class TPHead(TPModule, Head):
             logits = self.logits(x, seq).flatten(0, -2)
             wide = torch.promote_types(logits.dtype, torch.float32)
             return F.cross_entropy(logits.to(wide), labels.flatten(), reduction="sum")
-        x = self.enter(x, seq.tokens).flatten(0, -2)
+        tokens = self.read(x, seq.tokens)
+        tokens = tokens if isinstance(tokens, TokenRun) else tokens.flatten(0, -2)
         shard = VocabularyShard(self.axis, self.axis.chunk(self.vocab)[0], self.vocab)
         weight, bias = self.plain(x)
-        return linear_cross_entropy(x, weight, labels.flatten(), shard, bias)
+        return linear_cross_entropy(tokens, weight, labels.flatten(), shard, bias)

@@ -11,6 +11,10 @@ The twin cuts F of every expert, so each rank runs all experts on its part of F:
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +23,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from fms_parallel.errors import ConfigError
 from fms_parallel.modules.feedforward import ACTIVATIONS, gate
 from fms_parallel.modules.initial import Init, Normal
-from fms_parallel.modules.linear import shared_linear
+from fms_parallel.modules.linear import Weight, linear, shared_linear
 from fms_parallel.modules.tp import TPModule
 
 
@@ -29,7 +33,14 @@ class Experts(nn.Module):
     Args:
         width: E. hidden: F of one expert. count: X. top: experts that a token visits. activation: one of `ACTIVATIONS`.
         std, out_std: of the initial weights.
+
+    Attributes:
+        stacks: its parameters that are a matrix for each expert. stack_types: how those are stored that are not plain
+            numbers (`modules/linear_types.py`).
     """
+
+    stacks = ("gate", "up", "down")
+    stack_types: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -78,22 +89,42 @@ class Experts(nn.Module):
         order = chosen.flatten().argsort(stable=True)  # places of [T, top], by expert
         token = order // self.top
         runs = x.index_select(0, token).split(chosen.flatten().bincount(minlength=self.count).tolist())
-        gates, ups, downs = (self.cut(p, x).unbind(0) for p in (self.gate, self.up, self.down))
+        gates, ups, downs = (self.each(name, x) for name in self.stacks)
         done = [self.one_expert(*expert) for expert in zip(runs, gates, ups, downs, strict=True)]
         weighted = torch.cat(done) * weights.flatten()[order].unsqueeze(-1)
         return torch.zeros_like(x).index_add(0, token, weighted)
 
-    def one_expert(self, x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor) -> Tensor:
+    def one_expert(self, x: Tensor, gate_weight: Weight, up_weight: Weight, down_weight: Weight) -> Tensor:
         """`[n, E]` -> `[n, E]` through one expert's matrices; n may be 0."""
         g, u = shared_linear(x, (gate_weight, up_weight), (None, None))
-        return F.linear(gate(g, u, self.activation), down_weight)
+        return linear(gate(g, u, self.activation), down_weight)
 
     def mix_dense(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Every expert on every token."""
-        gates, ups, downs = (self.cut(p, x) for p in (self.gate, self.up, self.down))
+        gates, ups, downs = (self.dense(name, x) for name in self.stacks)
         share = torch.zeros(len(x), self.count, dtype=x.dtype, device=x.device).scatter(1, chosen, weights)
         hidden = gate(x @ gates.transpose(1, 2), x @ ups.transpose(1, 2), self.activation)  # [X, T, F]
         return ((hidden @ downs.transpose(1, 2)) * share.t().unsqueeze(-1)).sum(0)
+
+    def each(self, name: str, like: Tensor) -> Sequence[Weight]:
+        """A stack's matrices, one for each expert."""
+        kind = self.stack_types.get(name)
+        if kind is None:
+            return self.cut(getattr(self, name), like).unbind(0)
+        return [kind.weight(*one) for one in zip(*(part.unbind(0) for part in self._stored(name)), strict=True)]
+
+    def dense(self, name: str, like: Tensor) -> Tensor:
+        """A stack as plain numbers."""
+        kind = self.stack_types.get(name)
+        if kind is None:
+            return self.cut(getattr(self, name), like)
+        dense: Tensor = kind.dense(*self._stored(name), like.dtype)
+        return dense
+
+    def _stored(self, name: str) -> tuple[Tensor, Tensor]:
+        """What is stored of a stack, in its own dtype: values and scales."""
+        values, scale = getattr(self, name), getattr(self, f"{name}_scale")
+        return self.cut(values, values), self.cut(scale, scale)
 
     def shared(self, parameter: Tensor, like: Tensor) -> Tensor:
         """A parameter that is whole here."""

@@ -20,7 +20,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from fms_parallel.errors import ConfigError, unknown
 from fms_parallel.modules.first_order import first_order
 from fms_parallel.modules.initial import Fill, Init, Normal
-from fms_parallel.modules.linear import Multiplies
+from fms_parallel.modules.linear import Input, Multiplies
 from fms_parallel.modules.tp import TPModule
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
@@ -132,7 +132,7 @@ class FeedForward(Multiplies):
         """What reads x, and what reads the hidden features."""
         return {"input": self.inputs, "output": ("down",)}
 
-    def hidden_states(self, x: Tensor) -> Tensor:
+    def hidden_states(self, x: Input) -> Tensor:
         """`[..., E]` -> what the down matrix reads, `[..., (this rank's part of) F]`."""
         projected = self.multiply("input", x)
         if self.fused:
@@ -163,7 +163,7 @@ class TPFeedForward(TPModule, FeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S, E]`, or `[T/tp, E]` with sp, in the same form back."""
-        hidden = self.hidden_states(self.enter(x))
+        hidden = self.hidden_states(self.read(x))
         return self.leave(self.multiply("output", hidden)[0], self.down.bias)
 
     def piece(self, owner: str, parameter: Tensor, like: Tensor) -> Tensor:

@@ -20,6 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fms_parallel.distributed.collectives import TokenRun
+from fms_parallel.modules.first_order import first_order
+
 Bias = Tensor | None
 
 
@@ -41,6 +44,9 @@ class StoredWeight(Protocol):
 
 
 Weight = Tensor | StoredWeight
+
+Input = Tensor | TokenRun
+"""What is multiplied: tokens, or under sequence parallelism a run of them, which is gathered first."""
 
 Product = Callable[[Tensor], tuple[Tensor, ...]]
 """`x [..., E]` -> one `[..., N_i]` for each matrix of a group."""
@@ -88,17 +94,22 @@ class Multiplies(nn.Module):
         # Pieces of what is stored, in its own dtype: like itself.
         return kind.weight(take(owner.weight, owner.weight), take(owner.weight_scale, owner.weight_scale)), bias
 
-    def multiply(self, group: str, x: Tensor) -> tuple[Tensor, ...]:
+    def multiply(self, group: str, x: Input) -> tuple[Tensor, ...]:
         """`x [..., E]` times each matrix of a group -> one `[..., N_i]` each."""
         fast = self.fast.get(group)
         if fast is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return fast(x)
-        return shared_linear(x, *self.matrices(group, x))
+            return fast(x)  # type: ignore[arg-type]  # runs are only read while gradients are recorded
+        return shared_linear(x, *self.matrices(group, x.run if isinstance(x, TokenRun) else x))
 
 
-def shared_linear(x: Tensor, weights: Sequence[Weight], biases: Sequence[Bias]) -> tuple[Tensor, ...]:
+def shared_linear(x: Input, weights: Sequence[Weight], biases: Sequence[Bias]) -> tuple[Tensor, ...]:
     """`x [..., E]` times each `weight [N_i, E]` (plus `bias [N_i]`) -> one `[..., N_i]` each."""
     plain = [w for w in weights if isinstance(w, Tensor)]
+    if isinstance(x, TokenRun):
+        if len(plain) == len(weights):
+            given = tuple(b is not None for b in biases)
+            return _GatheredInput.apply(x.run, x, given, *plain, *(b for b in biases if b is not None))
+        x = x.whole()
     if len(plain) < len(weights):
         return tuple(linear(x, w, b) for w, b in zip(weights, biases, strict=True))
     if len(plain) == 1:  # nothing to share
@@ -117,15 +128,9 @@ def linear(x: Tensor, weight: Weight, bias: Bias = None) -> Tensor:
 class _SharedInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, biases: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
-        count = len(biases)
-        weights, given = tensors[:count], iter(tensors[count:])
-        ctx.save_for_backward(x, *weights)
+        ctx.save_for_backward(x, *tensors[: len(biases)])
         ctx.biases = biases
-        flat = x.flatten(0, -2)
-        out = (
-            torch.addmm(next(given), flat, w.t()) if biased else torch.mm(flat, w.t())
-            for w, biased in zip(weights, biases, strict=True)
-        )
+        out = _products(x.flatten(0, -2), biases, tensors)
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in out)
 
     @staticmethod
@@ -138,6 +143,39 @@ class _SharedInput(torch.autograd.Function):
         d_weights = [g.t() @ flat if need else None for g, need in zip(rows, wanted, strict=False)]
         d_biases = [g.sum(0) for g, biased in zip(rows, ctx.biases, strict=True) if biased]
         return (d_x, None, *d_weights, *d_biases)
+
+
+class _GatheredInput(torch.autograd.Function):
+    """The same of a run of tokens: gathered here, kept as a run, and gathered again while its gradient is made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Tensor, source: TokenRun, biases: Sequence[bool], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(run, *tensors[: len(biases)])
+        ctx.biases, ctx.axis, ctx.tokens = biases, source.axis, source.tokens
+        return tuple(_products(source._replace(run=run).gathered(), biases, tensors))
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        run, *weights = ctx.saved_tensors
+        source, wanted = TokenRun(run, ctx.axis, ctx.tokens), ctx.needs_input_grad[3:]
+        arriving = source.start_gather() if any(wanted[: len(weights)]) else None
+        d_x = source.scattered(_input_gradient(grads, weights)) if ctx.needs_input_grad[0] else None
+        x = arriving() if arriving is not None else run
+        d_weights = [g.t() @ x if need else None for g, need in zip(grads, wanted, strict=False)]
+        d_biases = [g.sum(0) for g, biased in zip(grads, ctx.biases, strict=True) if biased]
+        return (d_x, None, None, *d_weights, *d_biases)
+
+
+def _products(x: Tensor, biases: Sequence[bool], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`x [T, E]` times each of the first tensors; the others are the biases of those that have one."""
+    weights, given = tensors[: len(biases)], iter(tensors[len(biases) :])
+    return [
+        torch.addmm(next(given), x, w.t()) if biased else torch.mm(x, w.t())
+        for w, biased in zip(weights, biases, strict=True)
+    ]
 
 
 def _input_gradient(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:

@@ -5,6 +5,9 @@
 The scale of an output is cut as the outputs are; a matrix cut along its input has the scale of its whole rows on every
 rank. That rule is all that tensor-parallel twins, checkpoints and `quantise` need to know of a type, so a new one is a
 class and a call of `register_linear_type`. Such weights are for reading only: they take no gradient.
+
+A module that multiplies says so by being a `Multiplies`; one whose own parameters are stacks of matrices, `[X, N, E]`,
+names them in `stacks`, and finds in `stack_types` how each is stored.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ from fms_parallel import compat
 from fms_parallel.errors import ConfigError, TrainingError, unknown
 from fms_parallel.modules.linear import Bias, Multiplies
 
-SCALE = "weight_scale"
-"""Name of the scale beside a `weight`."""
+SCALE = "_scale"
+"""What the name of a scale adds to that of its weight."""
 
 
 class LinearType(ABC):
@@ -173,47 +176,47 @@ register_linear_type(Int8())
 
 
 def quantise(model: nn.Module, linear_type: str, skip: tuple[str, ...] = ()) -> nn.Module:
-    """Store the matrices of a model's attentions, feed-forwards and head as `linear_type`; in place, one at a time.
+    """Store the matrices of a model's attentions, feed-forwards, experts and head as `linear_type`; in place, one at a
+    time.
 
     Works on native modules and twins, in memory or on the meta device. A head that is the embedding gets a matrix of
-    its own; embeddings, norms, biases and mixtures of experts stay as they are.
+    its own; embeddings, norms, biases and the routers of experts stay as they are.
 
     Args:
-        skip: names of modules whose matrices stay too: a whole name or a part between dots (`head`, `down`,
-            `layers.0`).
+        skip: names of modules, or of experts' stacks, whose matrices stay too: a whole name or a part between dots
+            (`head`, `down`, `layers.0`).
     Raises:
         ConfigError: an unknown type, a name in `skip` that fits nothing, fp16 weights (whose range is too small for
             the scales), a model that is quantised already, or one without such matrices.
     """
-    kind, owners = get_linear_type(linear_type), dict(_owners(model))
+    kind, owners = get_linear_type(linear_type), {name: (owner, stored) for name, owner, stored in _owners(model)}
     if not owners:
         raise ConfigError(f"{type(model).__name__} has no matrices that can be stored as {linear_type}.")
     for word in skip:
         if not any(_names(word, name) for name in owners):
             raise ConfigError(unknown("module in skip", word, {part for name in owners for part in name.split(".")}))
     chosen = {name: m for name, m in owners.items() if not any(_names(word, name) for word in skip)}
-    for name, owner in chosen.items():
-        if hasattr(owner, "linear_type"):
+    for name, (owner, stored) in chosen.items():
+        if hasattr(owner, stored + SCALE):
             raise ConfigError(f"{name} is stored in another form already: quantise a model once.")
-        if owner.weight.dtype == torch.float16:
+        if owner.get_parameter(stored).dtype == torch.float16:
             raise ConfigError(f"{name} is fp16, whose range is too small for scales: load the model in fp32 or bf16.")
     with torch.no_grad():
-        for owner in chosen.values():
-            _store(owner, kind)
+        for owner, stored in chosen.values():
+            _store(owner, stored, kind)
     return model
 
 
-def quantised(model: nn.Module) -> Iterator[tuple[str, nn.Module, LinearType]]:
-    """(name, module, type) of every module of `model` whose weight is stored in another form."""
+def stored_parameters(model: nn.Module) -> Iterator[tuple[str, LinearType]]:
+    """(name, type) of every parameter of `model` that is stored in another form; its scale is `name + SCALE`."""
     for name, module in model.named_modules():
-        kind = getattr(module, "linear_type", None)
-        if kind is not None:
-            yield name, module, kind
+        kinds = {"weight": getattr(module, "linear_type", None), **getattr(module, "stack_types", {})}
+        yield from ((f"{name}.{stored}".lstrip("."), kind) for stored, kind in kinds.items() if kind is not None)
 
 
 def refuse_quantised(model: nn.Module) -> None:
     """Raise TrainingError when a weight of the model takes no gradient because of its linear type."""
-    for _, _, kind in quantised(model):
+    for _, kind in stored_parameters(model):
         raise TrainingError(_refusal(kind.name))
 
 
@@ -222,24 +225,25 @@ def scale_placement(placement: Placement, dims: int) -> Placement:
     return Replicate() if isinstance(placement, Shard) and placement.dim == dims - 1 else placement
 
 
-def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of everything that owns a matrix of a `Multiplies`, once each."""
+def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name, owner, owner's parameter) of every matrix of a `Multiplies`, and of every stack of matrices, once each."""
     for prefix, module in model.named_modules():
         if isinstance(module, Multiplies):
             for names in module.groups().values():
                 for name in names:
                     full = f"{prefix}.{name}" if prefix and name else prefix or name
-                    yield full, module.get_submodule(name)
+                    yield full, module.get_submodule(name), "weight"
+        for name in getattr(module, "stacks", ()):
+            yield f"{prefix}.{name}".lstrip("."), module, name
 
 
 def _names(word: str, full: str) -> bool:
     return f".{word}." in f".{full}."
 
 
-def _store(owner: nn.Module, kind: LinearType) -> None:
-    """Replace the weight of `owner`."""
-    weight = owner.weight
-    assert isinstance(weight, Tensor)
+def _store(owner: nn.Module, name: str, kind: LinearType) -> None:
+    """Replace the parameter `name` of `owner`."""
+    weight = owner.get_parameter(name)
     plain = weight.to_local() if isinstance(weight, DTensor) else weight.detach()
     largest = plain.abs().amax(-1) if plain.shape[-1] else plain.new_zeros(plain.shape[:-1])
     if isinstance(weight, DTensor):
@@ -247,9 +251,12 @@ def _store(owner: nn.Module, kind: LinearType) -> None:
             if isinstance(placement, Shard) and placement.dim == weight.ndim - 1 and not largest.is_meta:
                 dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=weight.device_mesh.get_group(dim))
     scale = kind.scale(largest)
-    owner.weight = nn.Parameter(_like(weight, kind.values(plain, scale), weight.ndim), requires_grad=False)
-    owner.register_parameter(SCALE, nn.Parameter(_like(weight, scale, weight.ndim - 1), requires_grad=False))
-    owner.linear_type = kind  # type: ignore[assignment]
+    setattr(owner, name, nn.Parameter(_like(weight, kind.values(plain, scale), weight.ndim), requires_grad=False))
+    owner.register_parameter(name + SCALE, nn.Parameter(_like(weight, scale, weight.ndim - 1), requires_grad=False))
+    if name == "weight":
+        owner.linear_type = kind  # type: ignore[assignment]
+    else:
+        owner.stack_types = {**getattr(owner, "stack_types", {}), name: kind}  # type: ignore[assignment]
 
 
 def _like(weight: Tensor, local: Tensor, dims: int) -> Tensor:

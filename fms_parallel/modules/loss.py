@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fms_parallel.compat import assert_on_device
-from fms_parallel.distributed.collectives import Axis, all_gather
+from fms_parallel.distributed.collectives import Axis, TokenRun, all_gather
 from fms_parallel.modules.first_order import first_order
 
 IGNORE = -100
@@ -28,6 +28,12 @@ small ones are slow (2 Mi: a fifth slower at V = 32000). On a GPU enough for it 
 """
 
 
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of `[.., n]` against `[..]`, in fp32 at least, summed over the labels that ask for something."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
+    return torch.nn.functional.cross_entropy(wide, labels.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
 class VocabularyShard(NamedTuple):
     """The part of a vocabulary of `vocab` whose rows this rank holds, from `start`; `axis` None means all of it."""
 
@@ -37,22 +43,25 @@ class VocabularyShard(NamedTuple):
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard, bias: Tensor | None = None
+    x: Tensor | TokenRun, weight: Tensor, labels: Tensor, shard: VocabularyShard, bias: Tensor | None = None
 ) -> Tensor:
     """Sum over tokens of the cross-entropy of `x @ weight.T + bias` against `labels`.
 
     Args:
-        x: `[T, E]`. weight: `[V/tp, E]`. labels: `[T]`, global token ids, `IGNORE` where there is none.
+        x: `[T, E]`, or a run of the tokens. weight: `[V/tp, E]`.
+        labels: `[T]`, global token ids, `IGNORE` where there is none.
         bias: `[V/tp]`, or none.
     Returns:
-        a scalar in fp32 (fp64 for fp64 input), the same on every rank of the axis. The gradient of `x` covers this
-        rank's part of the vocabulary only: the caller's region sums it.
+        a scalar in fp32 (fp64 for fp64 input), the same on every rank of the axis. The gradient of a whole `x` covers
+        this rank's part of the vocabulary only: the caller's region sums it. That of a run is summed here, as soon as
+        it is known, so that a run is all that is kept of it.
     Raises:
         RuntimeError: a label that is no token, which no rank would find among its rows.
     """
     known = (labels == IGNORE) | ((labels >= 0) & (labels < shard.vocab))
     assert_on_device(known.all(), f"a label is neither {IGNORE} nor a token id in [0, {shard.vocab}).")
-    return _LinearCrossEntropy.apply(x, weight, bias, labels, shard, torch.is_grad_enabled())
+    tokens, source = (x.run, x) if isinstance(x, TokenRun) else (x, None)
+    return _LinearCrossEntropy.apply(tokens, weight, bias, labels, shard, torch.is_grad_enabled(), source)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -65,7 +74,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         shard: VocabularyShard,
         with_gradient: bool,
+        source: TokenRun | None,
     ) -> Tensor:
+        if source is not None:
+            x = source._replace(run=x).gathered()
         # Under no_grad the inputs still say that they need a gradient: nobody would use it.
         need_x, need_w, need_b = (with_gradient and need for need in ctx.needs_input_grad[:3])
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -85,17 +97,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _accumulate(d_w, gradient, x[piece])
             if gradient is not None and d_b is not None:
                 d_b += gradient.sum(0)
+        if source is not None and d_x is not None:
+            d_x = source.scattered(d_x)
         ctx.save_for_backward(d_x, d_w, d_b)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_x, d_w, d_b = ctx.saved_tensors
         x = None if d_x is None else d_x * grad.to(d_x.dtype)
         w, b = (None if d is None else (d * grad).to(ctx.weight_dtype) for d in (d_w, d_b))
-        return x, w, b, None, None, None
+        return x, w, b, None, None, None, None
 
 
 def _accumulate(d_w: Tensor, gradient: Tensor, x: Tensor) -> None:

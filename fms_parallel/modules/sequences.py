@@ -76,6 +76,7 @@ class Sequences:
             before it; said to a `RaggedStore` only, for others it is in the mask.
         dropout: the key of this forward's random bits, or None when nothing is dropped.
         positions: `[S]` or `[B, S]`, for models that look positions up in a table.
+        token_types: `[B, S]`, for models that look these up too.
         context: which part of longer sequences these are, when several ranks share them; None: all of them.
     """
 
@@ -88,6 +89,7 @@ class Sequences:
     positions: Tensor | None = None
     context: Context | None = None
     window: int | None = None
+    token_types: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.context is not None and self.cache is not None:

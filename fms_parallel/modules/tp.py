@@ -9,6 +9,8 @@ to the other ranks only where a region begins (`enter`) and ends (`leave`):
     ...     column-parallel, local heads, row-parallel: partial sums [..., E]
     leave   --all-reduce-->  [B, S, E]             --reduce-scatter-->  [T/tp, E]
 
+A region that only multiplies what enters (`read`) keeps its run alone, and gathers once more in the backward pass.
+
 DTensor is how parameters are stored, so that FSDP2, distributed checkpoints and clipping compose; it is not how
 activations are computed. Megatron-LM (arXiv 1909.08053) and its sequence parallelism (arXiv 2205.05198).
 """
@@ -17,12 +19,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, distribute_tensor
 
-from fms_parallel.distributed.collectives import Axis, copy_in, gather_tokens, reduce_out, scatter_tokens
+from fms_parallel.distributed.collectives import Axis, TokenRun, copy_in, gather_tokens, reduce_out, scatter_tokens
 from fms_parallel.errors import LayoutError
+from fms_parallel.modules.linear import Input
 from fms_parallel.modules.linear_types import SCALE, scale_placement
 
 
@@ -54,7 +58,17 @@ class TPModule(nn.Module):
         """Begin a region: what column-parallel matrices read. `tokens` drops the padding of the last rank's run."""
         if not self.sp:
             return copy_in(x, self.axis)
-        return gather_tokens(x, self.axis, tokens if tokens is not None else x.shape[0] * self.axis.size)
+        return gather_tokens(x, self.axis, self._length(x, tokens))
+
+    def read(self, x: Tensor, tokens: int | None = None) -> Input:
+        """`enter` for a region that only multiplies `x`: with sp what is kept of it for the backward pass is a run."""
+        if not self.sp or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.enter(x, tokens)
+        return TokenRun(x, self.axis, self._length(x, tokens))
+
+    def _length(self, run: Tensor, tokens: int | None) -> int:
+        """T, of which this rank has a run; None: the padding of the last one counts."""
+        return tokens if tokens is not None else run.shape[0] * self.axis.size
 
     def leave(self, partial: Tensor, bias: Tensor | None = None) -> Tensor:
         """End a region: sum what row-parallel matrices gave; a bias is added once, after the sum."""
@@ -107,8 +121,8 @@ def adopt(module: nn.Module, mesh: DeviceMesh, sp: bool) -> nn.Module:
     module.axis, module.sp = Axis.of(mesh), sp
     placements = module.placements()
     mine = own_parameters(module)
-    for name in [name for name in mine if name.rpartition(".")[2] == SCALE]:
-        weight = name.removesuffix(SCALE) + "weight"
+    for name in [name for name in mine if name.endswith(SCALE)]:
+        weight = name.removesuffix(SCALE)
         placements[name] = scale_placement(placements[weight], module.get_parameter(weight).ndim)
     if missing := sorted(set(mine) - set(placements)):
         raise LayoutError(f"{twin.__name__} does not say where {', '.join(missing)} are cut.")

@@ -35,7 +35,8 @@ class Software:
             products (this library), `half` besides that every second matrix product (torchtitan).
         early_stop: full recomputation ends before the last matrix product of a block and what it exchanges, as torch's
             checkpoints do. selective_talk: part of a forward pass's exchanges within tp that `selective` repeats.
-        gather_again: with sp, the input of a column-parallel region is gathered a second time in the backward pass.
+        gather_again: with sp, the input of a column-parallel region is gathered a second time in the backward pass,
+            while the gradient of that input is computed.
     """
 
     name: str

@@ -11,6 +11,7 @@ a model that fits no single rank is never whole anywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,8 +21,11 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from fms_parallel import compat
 from fms_parallel.distributed.mesh import build_mesh, replica_mesh, shard_mesh
 from fms_parallel.errors import LayoutError
+from fms_parallel.fit import check_fit
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.modules.embedding import Embedding
+from fms_parallel.nearest import Rule, check
+from fms_parallel.shape import ModelShape
 from fms_parallel.strategy.base import Parallel, repeated_blocks
 from fms_parallel.strategy.context import ContextStrategy, refuse_without_context
 from fms_parallel.strategy.fsdp import FullyShardStrategy, ReplicateStrategy
@@ -58,9 +62,7 @@ def compose(
     Raises:
         LayoutError: an axis that no strategy implements, or a model that cannot be cut this way.
     """
-    refuse_unimplemented(layout)
-    refuse_budget_without_compile(layout, compile_blocks)
-    refuse_without_context(type(model), layout)
+    check_layout(layout, model=type(model), compile_blocks=compile_blocks)
     names = tuple(model.state_dict())
     device = device or torch.device("cpu")
     if layout.world_size > 1 and mesh is None:
@@ -97,6 +99,29 @@ def compose(
     if fresh:
         (fill or _initialise(seed))(model)
     return model
+
+
+def check_layout(
+    layout: ParallelLayout,
+    *also_by: Rule,
+    shape: ModelShape | None = None,
+    model: Any = None,
+    compile_blocks: bool = False,
+) -> None:
+    """Everything that can be known to be wrong before a process group starts.
+
+    Args:
+        also_by: more rules. shape: of the model. model: its class. compile_blocks: as in `compose`.
+    Raises:
+        LayoutError: the rule that is broken, and the nearest layouts that break none.
+    """
+    rules: list[Rule] = [] if shape is None else [lambda each: check_fit(each, shape)]
+    rules += [
+        refuse_unimplemented,
+        lambda each: refuse_budget_without_compile(each, compile_blocks),
+        lambda each: refuse_without_context(model, each),
+    ]
+    check(layout, *rules, *also_by)
 
 
 def refuse_unimplemented(layout: ParallelLayout) -> None:

@@ -8,9 +8,11 @@ every rank as far as cp is concerned, so FSDP cuts and averages over cp as it do
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -33,6 +35,7 @@ class ContextStrategy(Strategy):
 
     def __init__(self, mesh: DeviceMesh, layout: ParallelLayout) -> None:
         self.layout, self.axis = layout, context_axis(mesh)
+        self.row_labels = False
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """Check that `model` can be told about its context; it stays as it is.
@@ -41,6 +44,7 @@ class ContextStrategy(Strategy):
             LayoutError: its forward takes no `context`, or heads that ulysses cannot hand out.
         """
         refuse_without_context(type(model), self.layout)
+        self.row_labels = bool(getattr(model, "row_labels", False))
         if self.layout.cp_method == "ulysses":
             for module in model.modules():
                 if isinstance(module, Attention):
@@ -48,19 +52,24 @@ class ContextStrategy(Strategy):
         return model
 
     def share(self, batch: Any) -> ContextBatch:
-        """This rank's part of a batch, `[B, S]` -> `[B, held]`."""
+        """This rank's part of a batch, `[B, S]` -> `[B, held]`; labels of whole rows belong to the first rank."""
         context = Context(self.axis, self.layout.cp_method, batch.input_ids.shape[1])
-        ids, labels = context.cut(batch.input_ids, 1), context.cut(batch.labels, 1, fill=IGNORE)
-        return ContextBatch(ids, labels, context)
+        if not self.row_labels:
+            labels = context.cut(batch.labels, 1, fill=IGNORE)
+        else:
+            labels = batch.labels if self.axis.rank == 0 else torch.full_like(batch.labels, IGNORE)
+        more = {name: context.cut(tensor, 1) for name, tensor in more_of(batch).items()}
+        return ContextBatch(context.cut(batch.input_ids, 1), labels, context, more)
 
 
 @dataclass(frozen=True)
 class ContextBatch:
-    """A part of every row of a batch: ids and labels `[B, held]`, padded with 0 and -100."""
+    """A part of every row of a batch: ids and labels `[B, held]`, padded with 0 and -100; `more`: see `more_of`."""
 
     input_ids: Tensor
     labels: Tensor
     context: Context
+    more: Mapping[str, Tensor]
 
 
 def share_of(model: nn.Module, batch: Any) -> Any:
@@ -72,6 +81,12 @@ def share_of(model: nn.Module, batch: Any) -> Any:
 def context_of(batch: Any) -> Context | None:
     """What longer sequences the rows of a batch are parts of; None: they are whole."""
     return getattr(batch, "context", None)
+
+
+def more_of(batch: Any) -> Mapping[str, Tensor]:
+    """What a batch says of each token besides id and label, `[B, S]` by the name of the model's argument (`mask`,
+    `token_types`); most say nothing."""
+    return getattr(batch, "more", {})
 
 
 def refuse_without_context(model: Any, layout: ParallelLayout) -> None:

@@ -24,9 +24,9 @@ from fms_parallel.modules.sequences import DropoutKey
 from fms_parallel.schedule_file import FileSchedule, cell_text
 from fms_parallel.schedules import find_schedule
 from fms_parallel.strategy.base import Strategy
-from fms_parallel.strategy.context import context_of
+from fms_parallel.strategy.context import context_of, more_of
 from fms_parallel.strategy.record import Notes, RecordedStage
-from fms_parallel.strategy.stages import Stage, cut, make_stages, split_blocks
+from fms_parallel.strategy.stages import Judge, Stage, cut, make_stages, split_blocks
 
 
 class PipelineStrategy(Strategy):
@@ -89,7 +89,7 @@ class Pipeline:
         """Forward and backward over the schedule; gradients of `scale * loss` accumulate into `.grad`.
 
         Args:
-            batch: `input_ids` and `labels`, `[B, S]`, the same on every rank of the pipeline; with cp this rank's part.
+            batch: `input_ids` and `labels`, the same on every rank of the pipeline; with cp this rank's part.
             key: names the random bits of this batch.
         Returns:
             the loss summed over this batch's tokens on ranks with the last stage, zero elsewhere; detached.
@@ -97,9 +97,15 @@ class Pipeline:
         return self._run(batch, scale, key, train=True)
 
     @torch.no_grad()
-    def evaluate(self, batch: Any) -> Tensor:
-        """The summed loss without a backward pass; as `backward` otherwise."""
-        return self._run(batch, 1.0, None, train=False)
+    def evaluate(self, batch: Any, judge: Judge | None = None) -> Tensor:
+        """The summed loss without a backward pass, or what `judge` makes of logits and labels; else as `backward`."""
+        for stage in self.stages:
+            stage.judge = judge
+        try:
+            return self._run(batch, 1.0, None, train=False)
+        finally:
+            for stage in self.stages:
+                stage.judge = None
 
     def sum_shared_gradients(self) -> None:
         """Add what the two stages of a tied weight found, on both; the sum of two is the same in either order."""
@@ -119,9 +125,11 @@ class Pipeline:
     # ---- one run ------------------------------------------------------------------------------------------------
 
     def _run(self, batch: Any, scale: float, key: DropoutKey | None, *, train: bool) -> Tensor:
-        ids, labels = _padded(batch.input_ids, self.layout.pieces, 0), _padded(batch.labels, self.layout.pieces, IGNORE)
-        named = {"labels": labels}
-        context = context_of(batch)
+        context, pieces = context_of(batch), self.layout.pieces
+        ids, labels = _padded(batch.input_ids, pieces, 0), _padded(batch.labels, pieces, IGNORE)
+        more = {name: _padded(tensor, pieces, 0) for name, tensor in more_of(batch).items()}
+        find = getattr(self.model, "facts", None)
+        named = {"labels": labels, **(more if find is None else find(ids, context, **more))}
         if key is not None:
             # Tensors, because torch cuts those into micro-batches as it cuts the rows.
             whole = ids.shape[1] if context is None else context.length
@@ -129,7 +137,7 @@ class Pipeline:
             named["seed"] = torch.full((len(ids),), key.seed)
         self._scale, self._sums = scale, torch.zeros((), dtype=torch.float64, device=self.device)
         for stage in self.stages:
-            stage.micro_batch, stage.context = 0, context
+            stage.micro_batch, stage.length, stage.context = 0, ids.shape[1], context
         schedule = self._schedule(len(ids) // self.layout.pieces, ids.shape[1])
         arguments = (ids,) if self.is_first else ()
         target = labels if self.is_last else None
@@ -206,7 +214,7 @@ def _told_by_a_stage(error: BaseException) -> BaseException:
 def _padded(tokens: Tensor, pieces: int, fill: int) -> Tensor:
     """Rows appended until they divide into `pieces`."""
     missing = -len(tokens) % pieces
-    return tokens if missing == 0 else torch.cat([tokens, tokens.new_full((missing, tokens.shape[1]), fill)])
+    return tokens if missing == 0 else torch.cat([tokens, tokens.new_full((missing, *tokens.shape[1:]), fill)])
 
 
 def refuse_forward(model: nn.Module) -> None:
@@ -215,7 +223,7 @@ def refuse_forward(model: nn.Module) -> None:
     def forward(*_: Any, **__: Any) -> Any:
         raise LayoutError(
             "this model is cut into pipeline stages and cannot be called by itself: train_step, train and evaluate run "
-            "it; to generate, load its checkpoint in a layout without pp."
+            "it, and generate and InferenceEngine."
         )
 
     model.forward = forward  # type: ignore[method-assign]

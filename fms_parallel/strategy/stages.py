@@ -11,13 +11,15 @@ page knows modules on the meta device; it knows no schedules and talks to no ran
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from fms_parallel.errors import LayoutError, TrainingError
+from fms_parallel.fit import check_tied
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.modules.context import Context, positions_of
 from fms_parallel.modules.sequences import DropoutKey
@@ -36,7 +38,12 @@ class Stageable(Protocol):
     """E: of what blocks hand on."""
 
     def sequences(self, batch: int, length: int, positions: Tensor, first_position: int = 0, **more: Any) -> Any:
-        """What every block is told about B sequences of S tokens; `more`: `dropout`, `context`."""
+        """What every block is told about B sequences of S tokens; `more`: `dropout`, `context`, and `facts`.
+
+        A model whose later blocks must know what only its ids say (which tokens are padding) has a method
+        `facts(input_ids, context, **more) -> dict[str, Tensor]` besides: further arguments, `[B, ..]` each, found out
+        on every stage and cut into micro-batches as the rows are; `more`: see `more_of` in strategy/context.py.
+        """
         ...
 
     def enter(self, input_ids: Tensor, seq: Any) -> Tensor:
@@ -48,11 +55,16 @@ class Stageable(Protocol):
         ...
 
 
+Judge = Callable[[Tensor, Tensor], Tensor]
+"""(logits, labels) -> a sum over the labels, a scalar."""
+
+
 class Stage(nn.Module):
     """The modules of one stage, and how to run them. The model object itself runs nothing and keeps the names.
 
     Attributes:
-        micro_batch: the next one to run. context: what longer sequences its rows are parts of, or None.
+        micro_batch: the next one to run. length: S. context: what longer sequences its rows are parts of, or None.
+        judge: maps logits and labels to the sum that is wanted in place of the loss, or None.
     """
 
     def __init__(
@@ -68,41 +80,72 @@ class Stage(nn.Module):
         self.is_first, self.is_last = self.index == 0, self.index == count - 1
         self.before, self.blocks, self.after = nn.ModuleDict(before), nn.ModuleList(blocks), nn.ModuleDict(after)
         self._model = (model,)  # in a tuple: not a child
-        self.micro_batch = 0
+        self.micro_batch = self.length = 0
         self.context: Context | None = None
+        self.judge: Judge | None = None
 
     def forward(
-        self, x: Tensor, labels: Tensor, first_token: Tensor | None = None, seed: Tensor | None = None
+        self,
+        x: Tensor,
+        labels: Tensor,
+        first_token: Tensor | None = None,
+        seed: Tensor | None = None,
+        **facts: Tensor,
     ) -> Tensor:
         """One micro-batch.
 
         Args:
-            x: ids `[b, S]` in the first stage, else what the stage before made. labels: `[b, S]`.
+            x: ids `[b, S]` in the first stage, else what the stage before made. labels: `[b, S]`, or of rows `[b, ..]`.
             first_token, seed: `[b]`, the `DropoutKey` of each row, when something drops.
+            facts: what the model finds out from the ids, `[b, ..]` each; see `Stageable`.
         Returns:
             what the next stage reads; in the last stage the summed loss.
         Raises:
             TrainingError: naming stage and micro-batch, when a module fails.
         """
         try:
-            return self._run(x, labels, first_token, seed)
+            return self._run(x, labels, first_token, seed, facts)
         except Exception as error:
             place = f"pipeline stage {self.index}, micro-batch {self.micro_batch}"
             raise TrainingError(f"{place}: {type(error).__name__}: {error}") from error
         finally:
             self.micro_batch += 1
 
-    def _run(self, x: Tensor, labels: Tensor, first_token: Tensor | None, seed: Tensor | None) -> Tensor:
+    def _run(
+        self, x: Tensor, labels: Tensor, first_token: Tensor | None, seed: Tensor | None, facts: dict[str, Tensor]
+    ) -> Tensor:
         model: Any = self._model[0]
-        batch, length = labels.shape
         key = None if first_token is None or seed is None else DropoutKey(int(seed[0]), int(first_token[0]))
-        positions = positions_of(length, 0, self.context, x.device)
-        seq = model.sequences(batch, length, positions, dropout=key, context=self.context)
+        positions = facts.pop("positions", None)
+        if positions is None:
+            positions = positions_of(self.length, 0, self.context, x.device)
+        seq = model.sequences(len(labels), self.length, positions, dropout=key, context=self.context, **facts)
         if self.is_first:
             x = model.enter(x, seq)
         for block in self.blocks:
             x = block(x, seq)
+        if self.is_last and self.judge is not None:
+            found = self.judge(model.leave(x, seq), labels)
+            return found.to(torch.promote_types(x.dtype, torch.float32))
         return model.leave(x, seq, labels) if self.is_last else x  # type: ignore[no-any-return]
+
+    def generate(self, x: Tensor, told: Any) -> Tensor:
+        """One forward without labels.
+
+        Args:
+            x: ids `[1, N]` in the first stage, else what the stage before made.
+            told: `input_ids`, `positions`, `first_position` and `wanted`, and the cache of keys and values itself.
+        Returns:
+            what the next stage reads; in the last stage the wanted logits.
+        """
+        model: Any = self._model[0]
+        batch, length = told.input_ids.shape
+        seq = model.sequences(batch, length, told.positions, told.first_position, mask=None, cache=told)
+        if self.is_first:
+            x = model.enter(x, seq)
+        for block in self.blocks:
+            x = block(x, seq)
+        return model.leave(x, seq, None, told.wanted) if self.is_last else x  # type: ignore[no-any-return]
 
 
 def cut(model: nn.Module, layout: ParallelLayout, held: Sequence[int]) -> tuple[str, ...]:
@@ -139,7 +182,8 @@ def make_stages(
     Raises:
         LayoutError: first and last stage are on one rank, share a weight, and it is to be sharded or replicated twice.
     """
-    refuse_tied_ends(shared, layout)
+    if shared:
+        check_tied(layout, shared[0])
     before, _, after = _parts(model)
     blocks = dict(repeated_blocks(model))
     ends = list(accumulate(sizes))
@@ -153,15 +197,6 @@ def make_stages(
         table = _present(model, owners)
         stages.append(Stage(model, (stage, layout.stages), table, mine, head))
     return stages
-
-
-def refuse_tied_ends(shared: Sequence[str], layout: ParallelLayout) -> None:
-    """Raises LayoutError when first and last stage are on one rank and share a weight that is sharded or replicated."""
-    if shared and layout.homes[0] == layout.homes[-1] and layout.gradient_ranks > 1:
-        raise LayoutError(
-            f"schedule={layout.schedule} puts the first and the last stage on one rank, where they share {shared[0]}: "
-            "torch shards a weight once. Use another schedule, an untied head, or no dp, fsdp and cp."
-        )
 
 
 def refuse_unless_stageable(model: nn.Module) -> None:

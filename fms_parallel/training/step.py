@@ -8,7 +8,7 @@ never asks which strategies are on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,10 +20,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from fms_parallel.errors import TrainingError
 from fms_parallel.modules.linear_types import refuse_quantised
-from fms_parallel.modules.loss import IGNORE
+from fms_parallel.modules.loss import IGNORE, summed_cross_entropy
 from fms_parallel.modules.sequences import DropoutKey
 from fms_parallel.strategy.base import parallel_of
-from fms_parallel.strategy.context import context_of, share_of
+from fms_parallel.strategy.context import context_of, more_of, share_of
 from fms_parallel.training.gradients import check_every_gradient, clip_gradients_, complete_gradients, squared_norm
 
 
@@ -37,7 +37,7 @@ class TokenBatch(Protocol):
 
     @property
     def labels(self) -> Tensor:
-        """`[B, S]`, the token wanted at each position, -100 for none."""
+        """`[B, S]`, the token wanted at each position, -100 for none; or what else the model asks of each row."""
         ...
 
 
@@ -45,7 +45,8 @@ def to_device(batch: TokenBatch, device: torch.device | None) -> TokenBatch:
     """The batch where the model is; None leaves it."""
     if device is None or device.type == "cpu":
         return batch
-    return Moved(batch.input_ids.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True))
+    more = {name: tensor.to(device, non_blocking=True) for name, tensor in more_of(batch).items()}
+    return Moved(batch.input_ids.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True), more)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Moved:
 
     input_ids: Tensor
     labels: Tensor
+    more: Mapping[str, Tensor]
 
 
 LossFunction = Callable[[nn.Module, TokenBatch, DropoutKey | None], Tensor]
@@ -69,16 +71,21 @@ def model_loss(model: nn.Module, batch: TokenBatch, key: DropoutKey | None) -> T
 
 def logits_loss(model: nn.Module, batch: TokenBatch, key: DropoutKey | None) -> Tensor:
     """For any module that maps `input_ids [B, S]` to logits `[B, S, V]` (or to something with `.logits`)."""
+    logits = model_logits(model, batch)
+    return summed_cross_entropy(logits, batch.labels)
+
+
+def model_logits(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """What the model says of this batch, or of this part of its rows: its output, or the output's `.logits`."""
     out = model(batch.input_ids, **_told(batch))
-    logits = getattr(out, "logits", out)
-    wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(wide, batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    logits: Tensor = getattr(out, "logits", out)
+    return logits
 
 
 def _told(batch: TokenBatch) -> dict[str, Any]:
-    """What a model must know of rows that are parts of longer ones."""
+    """What a model must know besides ids and labels: what the batch says, and of what longer rows these are parts."""
     context = context_of(batch)
-    return {} if context is None else {"context": context}
+    return {**more_of(batch), **({} if context is None else {"context": context})}
 
 
 def check_loss_function(model: nn.Module, loss_function: LossFunction) -> None:

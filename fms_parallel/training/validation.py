@@ -13,7 +13,8 @@ from fms_parallel.data.rows import IGNORE, RowDataset
 from fms_parallel.distributed.mesh import data_shard
 from fms_parallel.strategy.base import parallel_of
 from fms_parallel.strategy.context import share_of
-from fms_parallel.training.step import LossFunction, check_loss_function, model_loss, to_device
+from fms_parallel.strategy.stages import Judge
+from fms_parallel.training.step import LossFunction, check_loss_function, model_logits, model_loss, to_device
 
 
 @torch.no_grad()
@@ -25,20 +26,27 @@ def evaluate(
     batch_size: int = 8,
     device: torch.device | None = None,
     loss_function: LossFunction = model_loss,
+    judge: Judge | None = None,
 ) -> float:
     """Mean loss per valid token over the first `rows` rows (None: all). Collective over all ranks.
 
     Args:
         batch_size: rows of one forward over all ranks that read different rows.
+        judge: maps logits and labels of some rows, or parts of rows, to the sum that is wanted in place of the loss;
+            it runs in every layout.
     """
-    check_loss_function(model, loss_function)
+    if judge is None:
+        check_loss_function(model, loss_function)
     parallel = parallel_of(model)
     was_training = model.training
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64)
     for batch in _batches(data, min(rows or len(data), len(data)), batch_size, data_shard(parallel.mesh)):
         mine = share_of(model, to_device(batch, device))
-        loss = loss_function(model, mine, None) if parallel.pipeline is None else parallel.pipeline.evaluate(mine)
+        if parallel.pipeline is not None:
+            loss = parallel.pipeline.evaluate(mine, judge)
+        else:
+            loss = loss_function(model, mine, None) if judge is None else judge(model_logits(model, mine), mine.labels)
         tokens = int((mine.labels != IGNORE).sum())
         totals += torch.tensor([float(loss), tokens * parallel.runs_last_stage], dtype=torch.float64)
     model.train(was_training)

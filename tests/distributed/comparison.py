@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fms_parallel.distributed.boxes import local_box, local_tensor
@@ -29,18 +28,23 @@ def shaken_model(architecture: str, **arguments: Any) -> nn.Module:
 
 def _with_labels(model: nn.Module, pick: Any) -> nn.Module:
     """Made to take the labels that `verify` has, `[B, S]`, one per token."""
-    forward = model.forward
+    leave: Any = model.leave
 
-    def picked(input_ids: Tensor, labels: Tensor, **options: Any) -> Tensor:
-        return forward(input_ids, pick(labels), **options)
+    def picked(x: Tensor, seq: Any, labels: Tensor | None = None) -> Tensor:
+        return leave(x, seq, None if labels is None else pick(labels))  # type: ignore[no-any-return]
 
-    model.forward = picked  # type: ignore[method-assign, assignment]
+    model.leave = picked  # type: ignore[method-assign, assignment]
     return model
 
 
+def _below(labels: Tensor, count: int) -> Tensor:
+    """What is left out stays left out."""
+    return labels.where(labels < 0, labels % count)
+
+
 _FOR_TOKEN_LABELS: dict[str, Any] = {
-    "roberta_classification": partial(_with_labels, pick=lambda labels: F.relu(labels[:, 1]) % 3),
-    "roberta_question_answering": partial(_with_labels, pick=lambda labels: F.relu(labels[:, 1:3]) % labels.shape[1]),
+    "roberta_classification": partial(_with_labels, pick=lambda labels: _below(labels[:, 1], 3)),
+    "roberta_question_answering": partial(_with_labels, pick=lambda labels: _below(labels[:, 1:3], labels.shape[1])),
 }
 
 

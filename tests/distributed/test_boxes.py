@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from fms_parallel import compat
 from fms_parallel.distributed.boxes import Box, local_box, local_tensor
 from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.distributed.mesh import build_mesh, shard_mesh
@@ -103,6 +104,17 @@ def fully_sharded(whole: Tensor, mesh: DeviceMesh, cut: Placement | None) -> Ten
     module.weight = nn.Parameter(tensor)
     fully_shard(module, mesh=shard_mesh(mesh))
     return next(module.parameters())
+
+
+@pytest.mark.parametrize("rank", range(8))
+def test_a_cut_of_an_uneven_cut_is_told_right(rank: int) -> None:
+    """49 of 97 rows, cut in four: torch's own book-keeping is a row off."""
+    with compat.fake_process_group(rank, 8):
+        for layout in ("fsdp=4,tp=2", "fsdp=2,cp=2,tp=2", "fsdp=2,tp=4"):
+            mesh = build_mesh(ParallelLayout.parse(layout))
+            for shape, cut in product([(97, 8), (23, 4)], [Shard(0), Shard(1)]):
+                held = fully_sharded(numbered(shape), mesh, cut)
+                assert local_tensor(held).equal(numbered(shape)[local_box(held).slices]), (layout, shape, cut)
 
 
 def written(mesh: DeviceMesh) -> dict[str, Any]:

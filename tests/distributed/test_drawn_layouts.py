@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.distributed.start import leave
 from fms_parallel.errors import FmsError, LayoutError
+from fms_parallel.fit import check_fit
 from fms_parallel.layout import CP_METHODS, ParallelLayout
 from fms_parallel.models.llama import LLaMAConfig
 from fms_parallel.schedules import SCHEDULES
@@ -173,7 +174,7 @@ REFUSALS = (LayoutError.__name__,)
 def sensible(case: Case) -> bool:
     """Whether the model says before anything starts that the layout can be."""
     try:
-        case.layout.validate(LLaMAConfig(**case.model).shape())
+        check_fit(case.layout, LLaMAConfig(**case.model).shape())
     except FmsError:
         return False
     return True
@@ -189,3 +190,16 @@ def test_drawn_layouts_match_one_process(world: int, request: pytest.FixtureRequ
         check(todo, world)
 
     run()
+
+
+# ---- what draws have found --------------------------------------------------------------------------------------
+
+SMALL = {"vocab_size": 42, "width": 24, "layers": 2, "heads": 4, "kv_heads": 4, "ffn_width": 52, "max_positions": 64}
+FOUND = [
+    # The sum over ranks was made in the result of a matrix product that selective recomputation keeps: summed twice.
+    Case(ParallelLayout.parse("tp=2,recompute=selective"), {**SMALL, "fused": True, "ffn_bias": True}, 2, 11, 1),
+]
+
+
+def test_what_was_found_once_is_exact() -> None:
+    check(FOUND, 2)

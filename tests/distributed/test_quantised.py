@@ -22,13 +22,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "plain, odd F and V": {},
     "one kv head, biases, tied": {"kv_heads": 1, "attention_bias": True, "ffn_bias": True, "tied": True},
     "fused": {"fused": True, "kv_heads": 2},
+    "experts": {"architecture": "mixtral", "kv_heads": 4, "experts": 3, "experts_used": 2},
 }
 IDS = torch.arange(24).view(2, 12) * 7 % 53
 PROMPTS = [[1, 2, 3, 4], [5, 6]]
 
 
+def _fields(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name != "architecture"}
+
+
 def build(config: dict[str, Any], **options: Any) -> nn.Module:
-    return get_model("llama", None, std=0.3, **{**TINY, **config, **options})
+    return get_model(config.get("architecture", "llama"), None, std=0.3, **_fields({**TINY, **config, **options}))
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,7 @@
-"""RoBERTa and BERT in every layout, for every task: loss, gradients and updated weights of one process."""
+"""RoBERTa and BERT in every layout, for every task: loss, gradients and updated weights of one process.
+
+Layouts with pp and cp, and padded rows: test_encoder.py.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,8 @@ import torch
 from torch import Tensor
 
 from fms_parallel.distributed.launch import run_ranks
-from fms_parallel.errors import RankFailed
 from fms_parallel.models import get_model, save_hf
-from tests.distributed.comparison import check, compare, ranks_of
+from tests.distributed.comparison import check, ranks_of
 
 # Odd on purpose: 97 ids and 63 features divide by nothing. Random tokens are padding (1) now and then.
 TINY: dict[str, Any] = {
@@ -57,19 +59,6 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 )
 def test_fp64_matches_one_process(architecture: str, layout: str, config: dict[str, Any]) -> None:
     check(architecture, layout, TINY | config)
-
-
-@pytest.mark.parametrize(
-    ("layout", "said"),
-    [
-        ("pp=2", "pp: RobertaMaskedLM cannot be cut into stages"),
-        ("cp=2", "cp=2: RobertaMaskedLM computes whole sequences only"),
-    ],
-)
-def test_axes_that_hide_what_is_padding_are_refused_by_name(layout: str, said: str) -> None:
-    """Later stages, and parts of a row, do not know which tokens of it are padding."""
-    with pytest.raises(RankFailed, match=f"LayoutError: {said}"):
-        run_ranks(compare, 2, "roberta", layout, TINY, "fp64", 1)
 
 
 def outputs(layout: str, folder: str, ids: Tensor) -> tuple[Tensor, bool]:

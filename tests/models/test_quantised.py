@@ -16,7 +16,7 @@ from fms_parallel.errors import CheckpointError, ConfigError, LayoutError, Train
 from fms_parallel.inference import generate
 from fms_parallel.models import get_model
 from fms_parallel.models.build import save_hf
-from fms_parallel.modules.linear_types import quantise, quantised
+from fms_parallel.modules.linear_types import SCALE, quantise, stored_parameters
 from fms_parallel.training.optimizer import make_optimizer
 from fms_parallel.training.options import TrainOptions
 from fms_parallel.training.step import train_step
@@ -58,9 +58,8 @@ def test_read_quantised_equals_read_and_quantised(tmp_path: Path, tied: bool) ->
 def test_skipped_modules_are_read_as_they_are(tmp_path: Path) -> None:
     save_hf(build(seed=3), tmp_path)
     model = build(model_path=tmp_path, source="hf", linear_type="int8", linear_skip=("head", "layers.1"))
-    names = {name for name, _, _ in quantised(model)}
-    assert names == {
-        f"layers.0.{name}"
+    assert {name for name, _ in stored_parameters(model)} == {
+        f"layers.0.{name}.weight"
         for name in (
             *("attention.query", "attention.key", "attention.value", "attention.out"),
             *("feed_forward.gate", "feed_forward.up", "feed_forward.down"),
@@ -68,16 +67,16 @@ def test_skipped_modules_are_read_as_they_are(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt_bigcode", "qwen3", "mistral", "granite"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt_bigcode", "qwen3", "mistral", "granite", "mixtral"])
 def test_error_of_the_logits_follows_from_that_of_the_weights(architecture: str) -> None:
     """Rounding errors are independent, so the matrices between a token and its logits add theirs in quadrature."""
     fields = {name: TINY[name] for name in ("vocab_size", "width", "layers", "heads", "ffn_width", "max_positions")}
     plain, rounded = (get_model(architecture, None, seed=1, **fields) for _ in range(2))
     quantise(rounded, "int8")
     worst = 0.0
-    for name, owner, kind in quantised(rounded):
-        weight = plain.get_parameter(f"{name}.weight").detach()
-        values, scale = owner.get_parameter("weight"), owner.get_parameter("weight_scale")
+    for name, kind in stored_parameters(rounded):
+        weight = plain.get_parameter(name).detach()
+        values, scale = rounded.get_parameter(name), rounded.get_parameter(name + SCALE)
         worst = max(worst, float((kind.dense(values, scale, torch.float32) - weight).norm() / weight.norm()))
     assert 0.001 < worst < 0.02  # scale / sqrt(12), of rows whose largest weight is two to four deviations
     with torch.no_grad():

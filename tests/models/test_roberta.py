@@ -294,7 +294,7 @@ def test_too_many_tokens_are_refused() -> None:
 
 def test_unknown_arguments_are_named() -> None:
     model = get_model("roberta_classification", "micro", layers=1).eval()
-    with pytest.raises(ConfigError, match=r"'attention_mask'.*mask"):
+    with pytest.raises(TypeError, match="attention_mask"):
         model(torch.full((1, 8), 9), attention_mask=None)
 
 
