@@ -11,7 +11,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -31,7 +30,7 @@ PRELOAD = (
     "torch.distributed.checkpoint",
     "fms_parallel.distributed.launch",
 )
-"""What the server of ranks always loads, once for all ranks."""
+"""What the server of ranks loads, once for all ranks; a server that runs already is taken as it is."""
 
 LEAVING = 10.0
 """Seconds that a rank which has answered gets to end its process."""
@@ -64,7 +63,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
     import torch.distributed as dist
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOAD, *_loaded_here(), function.__module__])
+    context.set_forkserver_preload([*PRELOAD, function.__module__])
     # The store outlives every rank, so no rank can lose it while leaving.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     job = _Job(world_size, store.port, timeout, function, arguments)
@@ -84,11 +83,6 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
             process.kill()
             process.join()
             receiver.close()
-
-
-def _loaded_here() -> list[str]:
-    """What the caller has loaded of this library and of transformers' models: seconds that each rank would need."""
-    return [name for name in sorted(sys.modules) if name.startswith("fms_parallel.") or ".modeling_" in name]
 
 
 def _collect(ranks: list[tuple[BaseProcess, Connection]], deadline: float, timeout: float) -> list[Any]:
