@@ -5,6 +5,8 @@ It knows modules and names; how a recording is made is in `record.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -122,3 +124,15 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
     """Every parameter name -> the first name of the same parameter."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+@contextmanager
+def hooked(model: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
+    """Inside, every module of `model` calls `before(module, args)` and then `after(module, args, output)`."""
+    handles = [module.register_forward_pre_hook(before) for module in model.modules()]
+    handles += [module.register_forward_hook(after) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -5,13 +5,14 @@ It is to any model what `strategy/compose.py` is to models with twins, in the sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -20,7 +21,7 @@ from fms_parallel.auto.blocks import canonical_names, find_blocks
 from fms_parallel.auto.cut import Cut, Run, make_cut, stage_model
 from fms_parallel.auto.lora import adapter_patterns, draw_adapter, is_adapter
 from fms_parallel.auto.plans import styles_for, tensor_patterns
-from fms_parallel.auto.schedule import SPLIT_BACKWARD, Recordings
+from fms_parallel.auto.schedule import Recordings
 from fms_parallel.auto.self_check import check_plan
 from fms_parallel.auto.source import draw, skeleton_of
 from fms_parallel.auto.stage import AutoStage, constant_inputs
@@ -29,7 +30,7 @@ from fms_parallel.auto.weights import open_named
 from fms_parallel.checkpoint.lazy import LazyTensor, MemoryTensor, copy_box
 from fms_parallel.distributed.boxes import local_box, local_tensor
 from fms_parallel.distributed.mesh import replica_mesh, shard_mesh
-from fms_parallel.errors import CheckpointError, LayoutError
+from fms_parallel.errors import CheckpointError, FmsError, LayoutError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.schedules import FILE, SCHEDULES
 from fms_parallel.strategy.compose import refuse_unimplemented
@@ -61,11 +62,6 @@ def read_layout(
         if found.schedule.startswith(FILE):
             raise LayoutError(
                 f"{found}: schedules from files run models with twins; use one of {', '.join(SCHEDULES)}."
-            )
-        if found.schedule in SPLIT_BACKWARD and found.gradient_ranks > 1:
-            raise LayoutError(
-                f"schedule={found.schedule} with dp or fsdp loses gradients of whole stages in torch 2.13: use 1f1b or "
-                "interleaved1f1b."
             )
         why = SCHEDULES[found.schedule].refusal(pieces, found.pp, found.stages)
         if why is not None:
@@ -119,12 +115,34 @@ def _tensor_patterns(build: Build, micro: dict[str, Tensor]) -> dict[str, Any]:
     inputs = {**build.task.inputs(micro), **constant_inputs(build.skeleton)}
     cut = build.cut
     stages = {n: s for s in range(cut.stages) for n in cut.blocks[slice(*cut.range_of(s))]} if cut is not None else {}
-    patterns = tensor_patterns(build.skeleton, build.layout.tp, build.tensor_plan, inputs, stages)
-    patterns = adapter_patterns(build.skeleton, patterns)
+
+    def find() -> dict[str, Any]:
+        return tensor_patterns(build.skeleton, build.layout.tp, build.tensor_plan, inputs, stages)
+
+    patterns = adapter_patterns(build.skeleton, find() if build.tensor_plan is not None else from_first_rank(find))
     if build.self_check:
         assert build.mesh is not None
         check_plan(build.skeleton, inputs, build.blocks, build.mesh["tp"], partial(_cut_over_tp, build, patterns))
     return patterns
+
+
+def from_first_rank(find: Callable[[], Any]) -> Any:
+    """What rank 0 finds, on every rank: seconds of work once, and no rank with a plan of its own. Collective.
+
+    Raises:
+        FmsError: what rank 0 raises, on every rank.
+    """
+    found: list[Any] = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            found[0] = find()
+        except FmsError as error:
+            found[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 def _cut_over_tp(build: Build, patterns: Mapping[str, Any], model: nn.Module) -> None:

@@ -13,6 +13,7 @@ the model is changed: each rank works on its own copy, which has memory for its 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,15 @@ from torch.distributed.fsdp import FSDPModule
 
 from fms_parallel.auto.blocks import canonical_names
 from fms_parallel.auto.build import Build, blocks_of, build_stages, fill, read_layout
+from fms_parallel.auto.save import as_module, save_pretrained
 from fms_parallel.auto.schedule import Recordings, Runner, local_gradient, sum_over_holders
 from fms_parallel.auto.source import build_skeleton
 from fms_parallel.auto.stage import AutoStage
-from fms_parallel.auto.tasks import Task, UserLoss, get_task
+from fms_parallel.auto.tasks import Task, UserLoss, get_task, repeat_last
 from fms_parallel.checkpoint.training_state import load_training_state, save_training_state
 from fms_parallel.distributed.mesh import build_mesh, data_shard
-from fms_parallel.errors import CheckpointError, ConfigError, TrainingError
+from fms_parallel.errors import ConfigError, TrainingError
 from fms_parallel.layout import ParallelLayout
-from fms_parallel.strategy.base import Parallel
 from fms_parallel.training import offload
 from fms_parallel.training.gradients import clip_gradients_, complete_gradients, copies, local_gradients
 
@@ -98,7 +99,7 @@ class Engine:
 
     Attributes:
         layout: resolved. mesh: or None in one process. data_shard: (index, count) of this rank among those that read
-            different rows. stages: this rank's.
+            different rows. stages: this rank's. first_names: any name of a parameter -> the one it is known under.
     """
 
     def __init__(self, build: Build, pieces: int) -> None:
@@ -107,7 +108,7 @@ class Engine:
         self.pieces = pieces
         self.data_shard = data_shard(build.mesh)
         self.stages: list[AutoStage] = []
-        self._build, self._first_names = build, canonical_names(build.skeleton)
+        self._build, self.first_names = build, canonical_names(build.skeleton)
 
     def take(self, stages: list[AutoStage]) -> None:
         """This rank's stages are built."""
@@ -135,9 +136,39 @@ class Engine:
 
     def eval_step(self, batch: Batch) -> Tensor:
         """The mean loss in evaluation mode; no gradient is touched."""
+        with self._evaluating():
+            return self._step(batch, train=False)
+
+    def predict(self, batch: Batch, pick: Callable[[Any], Tensor] | None = None) -> Tensor:
+        """What the model gives for this rank's rows in evaluation mode, on every rank of their pipeline.
+
+        Args:
+            batch: with or without labels, any number of rows. pick: (model output) -> tensor `[b, ...]`; None is the
+                logits. With pp the engine must have been made with `loss=`, which carries the model's whole output.
+        Returns:
+            `[B, ...]`, one row for each of the batch.
+        Raises:
+            ConfigError: `pick` where the stages may not carry what it reads.
+        """
+        from fms_parallel.auto.predict import predict
+
+        return predict(self, batch, pick)
+
+    def forward_only(self, batch: Batch) -> None:
+        """Run this rank's rows through all stages in evaluation mode, for what `AutoStage.look` sees."""
+        rows = dict(batch)
+        if self.task.labels in rows:
+            rows = self.task.prepare(rows, getattr(self.skeleton, "config", None))
+        missing = -_rows(rows) % self.pieces
+        rows = {name: repeat_last(self._placed(value), missing) for name, value in rows.items()}
+        with self._evaluating():
+            self.runner.run(rows, 0.0, 0.0, train=False)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         self.eval()
         try:
-            return self._step(batch, train=False)
+            yield
         finally:
             self.train()
             for module in (part for stage in self.stages for part in stage.modules()):
@@ -183,7 +214,7 @@ class Engine:
         """Norm of all gradients over the whole model; a parameter that several ranks hold counts once."""
         ranks = self.layout.world_size // self.layout.pp
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for name, parameter in self._all_named():
+        for name, parameter in self.all_named():
             if parameter.grad is not None:
                 holders = len(self._holders(name))
                 (piece,) = local_gradients([parameter])
@@ -219,19 +250,20 @@ class Engine:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """This rank's parameters, for an optimizer. One that two stages of this rank hold comes once for each."""
-        return (parameter for _, parameter in self._all_named())
+        return (parameter for _, parameter in self.all_named())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters under the model's own names, each once."""
         found: dict[str, nn.Parameter] = {}
-        for name, parameter in self._all_named():
+        for name, parameter in self.all_named():
             found.setdefault(name, parameter)
         return iter(found.items())
 
-    def _all_named(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def all_named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The same, and a parameter that two stages of this rank hold once for each."""
         for stage in self.stages:
             for name, parameter in stage.model.named_parameters():
-                yield self._first_names.get(name, name), parameter
+                yield self.first_names.get(name, name), parameter
 
     def _holders(self, name: str) -> list[int]:
         """The stages that hold a parameter."""
@@ -255,8 +287,6 @@ class Engine:
 
     def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5 << 30) -> None:
         """Write safetensors under the names that the model's library uses, and its config. Collective."""
-        from fms_parallel.auto.save import save_pretrained
-
         save_pretrained(self, folder, max_shard_bytes)
 
     def save_checkpoint(
@@ -268,30 +298,12 @@ class Engine:
             CheckpointError: as `save_training_state`; two stages of this rank hold one parameter.
         """
         return save_training_state(
-            Path(folder), step=step, model=self._as_module(), optimizer=optimizer, numbers=numbers, keep=keep
+            Path(folder), step=step, model=as_module(self), optimizer=optimizer, numbers=numbers, keep=keep
         )
 
     def load_checkpoint(self, path: str | Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Fill weights and optimizer from what `save_checkpoint` wrote in any layout; the saved numbers. Collective."""
-        return load_training_state(Path(path), self._as_module(), optimizer)
-
-    def _as_module(self) -> nn.Module:
-        """This rank's parameters and persistent buffers in one module, under the model's own names."""
-        root = nn.Module()
-        for name, parameter in self._all_named():
-            owner, attribute = _owner(root, name)
-            if attribute in owner._parameters:
-                raise CheckpointError(
-                    f"{name} is held by two stages of this rank, which a checkpoint has no names for: use a split or a "
-                    "schedule that puts them on different ranks."
-                )
-            owner.register_parameter(attribute, parameter)
-        for name, tensor in self.state_dict().items():
-            owner, attribute = _owner(root, name)
-            if name not in self._first_names and attribute not in owner._parameters:
-                owner.register_buffer(attribute, tensor)
-        root.parallel = Parallel(self.layout, self.mesh)  # type: ignore[assignment]
-        return root
+        return load_training_state(Path(path), as_module(self), optimizer)
 
     # ---- batches --------------------------------------------------------------------------------------------------
 
@@ -339,22 +351,12 @@ class Engine:
         assert self.mesh is not None
         owner = self.layout.homes
         mine: dict[str, list[Tensor]] = {}
-        for name, parameter in self._all_named():
+        for name, parameter in self.all_named():
             if name in cut.shared and parameter.requires_grad:
                 mine.setdefault(name, []).append(local_gradient(parameter))
         frozen = {name for name, p in self.skeleton.named_parameters() if not p.requires_grad}
         ranks = {n: sorted({owner[s] for s in cut.holders(n)}) for n in cut.shared if n not in frozen}
         sum_over_holders(mine, ranks, self.mesh["pp"].get_group(), self.mesh["pp"].get_local_rank())
-
-
-def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module for a name, made on the way, and the last word of the name."""
-    *path, attribute = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root._modules[part]  # type: ignore[assignment]
-    return root, attribute
 
 
 def _rows(batch: Batch) -> int:

@@ -184,12 +184,10 @@ class Flow:
         if str(getattr(node.target, "overloadpacket", "")).endswith("_") and cut != self.cut(node.args[0]):
             raise Blocked(f"{name} writes a cut value into one that is not")
         self.cuts[node] = (
-            [self._checked(node, c, at) for at, c in enumerate(cut)]
-            if isinstance(cut, list)
-            else (self._checked(node, cut))
+            [self._checked(node, one) for one in cut] if isinstance(cut, list) else self._checked(node, cut)
         )
 
-    def _checked(self, node: fx.Node, cut: Cut, at: int | None = None) -> Cut:
+    def _checked(self, node: fx.Node, cut: Cut) -> Cut:
         if any(part % self.tp for part in cut.parts):
             raise Blocked(f"tp={self.tp} does not divide {' + '.join(map(str, cut.parts))} ({node.name})")
         return cut
@@ -201,12 +199,8 @@ class Flow:
         found = self.cuts.get(value) if isinstance(value, fx.Node) else None
         return found if isinstance(found, Cut) else None
 
-    def aligned(self, node: fx.Node, sources: Sequence[Any], ignore: int = 0) -> Cut:
-        """The common cut of operands that are broadcast against each other, counted from the right.
-
-        Args:
-            ignore: of the last dimensions, in which operands may differ.
-        """
+    def aligned(self, node: fx.Node, sources: Sequence[Any]) -> Cut:
+        """The common cut of operands that are broadcast against each other, counted from the right."""
         rank = len(shape_of(node))
         operands = [source for source in sources if isinstance(source, fx.Node)]
         known = [(cut, cut.dim - len(shape_of(s))) for s in operands if (cut := self.cut(s)) is not None]

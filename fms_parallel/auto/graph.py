@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fms_parallel import compat
-from fms_parallel.auto.blocks import find_blocks
+from fms_parallel.auto.blocks import find_blocks, hooked
 from fms_parallel.auto.record import without_eager_experts
 from fms_parallel.errors import LayoutError
 
@@ -182,13 +182,8 @@ def _watched(model: nn.Module, places: list[tuple[Any, tuple[str, ...]]]) -> Ite
         running.pop()
         note()
 
-    handles = [module.register_forward_pre_hook(opened) for module in model.modules()]
-    handles += [module.register_forward_hook(closed) for module in model.modules()]
-    try:
+    with hooked(model, opened, closed):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _places(nodes: tuple[fx.Node, ...], marks: list[tuple[Any, tuple[str, ...]]]) -> dict[fx.Node, tuple[str, ...]]:

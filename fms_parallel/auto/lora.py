@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from fms_parallel.auto.source import seed_of
 from fms_parallel.distributed.boxes import local_box, local_tensor
 from fms_parallel.errors import ConfigError
+from fms_parallel.modules.linear import Multiplies
 
 if TYPE_CHECKING:
     from fms_parallel.auto.engine import Engine
@@ -59,19 +60,22 @@ def add_lora(
     Returns:
         the names of the adapted layers.
     Raises:
-        ConfigError: nothing matches, or something that matches is no linear layer.
+        ConfigError: nothing matches, something that matches is no linear layer, or the model is one of this library's,
+            whose blocks use their layers' weights without calling the layers.
     """
     names = [name for name, module in model.named_modules() if name and _matches(name, targets)]
     if not names:
         raise ConfigError(f"LoRA targets {targets!r} match no module of {type(model).__name__}.")
+    for name in names:
+        _refuse_native(name, model.get_submodule(name.rpartition(".")[0]))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name in names:
         layer = model.get_submodule(name)
-        wide, high = _sizes(name, layer)
-        weight: Tensor = layer.weight  # type: ignore[assignment]
         parent_name, _, word = name.rpartition(".")
         parent = model.get_submodule(parent_name)
+        wide, high = _sizes(name, layer)
+        weight: Tensor = layer.weight  # type: ignore[assignment]
         made: dict[str, Any] = {"bias": False, "dtype": weight.dtype, "device": weight.device}
         a, b = nn.Linear(wide, rank, **made), nn.Linear(rank, high, **made)
         nn.init.zeros_(b.weight)
@@ -83,6 +87,16 @@ def add_lora(
             parameter.requires_grad_(True)
     model.lora = {"rank": rank, "alpha": alpha, "targets": names}  # type: ignore[assignment]
     return names
+
+
+def _refuse_native(name: str, parent: nn.Module) -> None:
+    """A hook on a layer that nobody calls would never run: right losses, and adapters that learn nothing."""
+    if isinstance(parent, Multiplies):
+        raise ConfigError(
+            f"LoRA target {name}: {type(parent).__name__} multiplies with its layers' weights itself, so adapters "
+            "beside them would never run. Write the model in transformers' format (fms_parallel.models.save_hf), load "
+            "that with transformers, and give it adapters."
+        )
 
 
 def _matches(name: str, targets: str | Sequence[str]) -> bool:

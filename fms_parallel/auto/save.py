@@ -1,7 +1,8 @@
 """A model in any layout -> the files that its own library reads, under its own names.
 
-Tensor by tensor: the ranks of its stage make it whole, the stage sends it to rank 0, rank 0 writes. No rank ever holds
-more than one whole tensor beside its shards. It knows engines and files.
+Files are written by the ranks that hold most of what is in them, and tensors go there in pieces; where transformers
+writes one of the module's tensors as several (experts), that one is whole on the file's writer for a moment. No rank
+ever holds the model. It knows engines and names; how ranks write together is in `checkpoint/export.py`.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fms_parallel.auto.blocks import canonical_names
 from fms_parallel.auto.lora import is_adapter
 from fms_parallel.auto.weights import disk_names, to_disk
 from fms_parallel.checkpoint.agree import from_every_rank, on_every_rank, rank_and_world
-from fms_parallel.checkpoint.files import write_weights
+from fms_parallel.checkpoint.export import save_weights
 from fms_parallel.checkpoint.lazy import LazyTensor
 from fms_parallel.distributed.boxes import Box
+from fms_parallel.errors import CheckpointError
+from fms_parallel.strategy.base import Parallel
 
 if TYPE_CHECKING:
     from fms_parallel.auto.engine import Engine
@@ -37,27 +40,95 @@ def save_pretrained(engine: Engine, folder: str | Path, max_shard_bytes: int) ->
         CheckpointError: on every rank, when any rank failed.
     """
     folder = Path(folder)
-    rank, _ = rank_and_world()
-    whole = WholeTensors(engine)
-    names = [name for name in whole.names if not is_adapter(name)]
-    written = disk_names(engine.skeleton, names)
-    pending = list(names)
-    tensors: dict[str, LazyTensor] = {}
-    for name, keys in written.items():
-        for key, shape in keys:
-            tensors[key] = Gathered(whole, name, key, shape, pending)
     with on_every_rank(f"preparing {folder}"):
-        if rank == 0:
+        if rank_and_world()[0] == 0:
             folder.mkdir(parents=True, exist_ok=True)
             _save_config(engine.skeleton, folder)
-    with on_every_rank(f"writing {folder}"):
-        try:
-            if rank == 0:
-                write_weights(folder, tensors, max_shard_bytes=max_shard_bytes)
-        finally:
-            # The other ranks, and rank 0 after a failed write: nobody leaves a gather that others are in.
-            for name in list(pending):
-                whole.read(name)
+    adapter: Any = DiskNames(engine.skeleton)
+    save_weights(as_module(engine, once=True), folder, adapter, max_shard_bytes=max_shard_bytes)
+
+
+def as_module(engine: Engine, once: bool = False) -> nn.Module:
+    """This rank's parameters and persistent buffers in one module, under the model's own names.
+
+    Args:
+        once: of a parameter that two stages of this rank hold take one, for saving; else that is refused.
+    """
+    root = nn.Module()
+    for name, parameter in engine.all_named():
+        owner, attribute = _owner(root, name)
+        if attribute in owner._parameters and once:
+            continue
+        if attribute in owner._parameters:
+            raise CheckpointError(
+                f"{name} is held by two stages of this rank, which a checkpoint has no names for: use a split or a "
+                "schedule that puts them on different ranks."
+            )
+        owner.register_parameter(attribute, parameter)
+    for name, tensor in engine.state_dict().items():
+        owner, attribute = _owner(root, name)
+        if name not in engine.first_names and attribute not in owner._parameters:
+            owner.register_buffer(attribute, tensor)
+    order = tuple(name for name in engine.skeleton.state_dict() if engine.first_names.get(name, name) == name)
+    root.parallel = Parallel(engine.layout, engine.mesh, names=order)  # type: ignore[assignment]
+    return root
+
+
+def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module for a name, made on the way, and the last word of the name."""
+    *path, attribute = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root._modules[part]  # type: ignore[assignment]
+    return root, attribute
+
+
+class DiskNames:
+    """Names in the module -> keys and tensors as its own library writes them; tied weights under their first name."""
+
+    def __init__(self, skeleton: nn.Module) -> None:
+        self.skeleton = skeleton
+
+    def from_native(self, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+        """As `Adapter.from_native`."""
+        first = canonical_names(self.skeleton)
+        names = [name for name in tensors if first.get(name, name) == name and not is_adapter(name)]
+        found: dict[str, LazyTensor] = {}
+        for name, keys in disk_names(self.skeleton, names).items():
+            one = tensors[name]
+            if [shape for _, shape in keys] == [one.shape]:
+                found[keys[0][0]] = one
+            else:
+                whole = Whole(self.skeleton, name, one)
+                found.update({key: Written(whole, key, shape) for key, shape in keys})
+        return found
+
+
+class Whole:
+    """The tensors that one of the module's is written as; they are read one after the other."""
+
+    def __init__(self, skeleton: nn.Module, name: str, inner: LazyTensor) -> None:
+        self.skeleton, self.name, self.inner = skeleton, name, inner
+
+    def read(self, key: str) -> Tensor:
+        """Without memory where the whole has none, on ranks that only send."""
+        return to_disk(self.skeleton, self.name, self.inner.read_all())[key]
+
+
+class Written(LazyTensor):
+    """One of them."""
+
+    def __init__(self, whole: Whole, key: str, shape: tuple[int, ...]) -> None:
+        super().__init__(shape, whole.inner.dtype)
+        self.whole, self.key = whole, key
+
+    def _read(self, box: Box) -> Tensor:
+        return self.whole.read(self.key)[box.slices]
+
+    def read_rows(self) -> Iterator[Tensor]:
+        """All at once: its rows would each make the whole one."""
+        yield self.read_all()
 
 
 def full_state(engine: Engine, which: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
@@ -76,10 +147,7 @@ class WholeTensors:
 
     Attributes:
         names: of parameters (the first of tied ones) and persistent buffers, in the model's order.
-        last: name and pieces on disk of what was read last: several keys may come of one tensor.
     """
-
-    last: tuple[str, dict[str, Tensor]] = ("", {})
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -127,27 +195,6 @@ class WholeTensors:
 def _first_pipeline(mesh: Any) -> set[int]:
     """The ranks of the pipeline that rank 0 is in."""
     return set(mesh.mesh.reshape(mesh.mesh.shape[0], -1)[:, 0].tolist())
-
-
-class Gathered(LazyTensor):
-    """A tensor on its way to disk; reading it gathers what it is made of, once."""
-
-    def __init__(self, whole: WholeTensors, name: str, key: str, shape: tuple[int, ...], pending: list[str]) -> None:
-        super().__init__(shape, whole.likes[name].dtype)
-        self.whole, self.name, self.key, self.pending = whole, name, key, pending
-
-    def _read(self, box: Box) -> Tensor:
-        if self.whole.last[0] != self.name:
-            self.whole.last = ("", {})  # free the old one before the new one comes
-            self.pending.remove(self.name)
-            tensor = self.whole.read(self.name)
-            assert tensor is not None
-            self.whole.last = (self.name, to_disk(self.whole.engine.skeleton, self.name, tensor.cpu()))
-        return self.whole.last[1][self.key][box.slices]
-
-    def read_rows(self) -> Iterator[Tensor]:
-        """All at once: the other ranks take part in one gather."""
-        yield self.read_all()
 
 
 def _save_config(skeleton: Any, folder: Path) -> None:

@@ -29,7 +29,7 @@ from fms_parallel.layout import ParallelLayout
 from fms_parallel.schedules import SCHEDULES
 
 SPLIT_BACKWARD = ("zbv", "interleaved_zero_bubble", "dualpipev")
-"""Schedules that split the backward pass in two, which FSDP2 does not notice and some models' graphs do not survive."""
+"""Schedules that split the backward pass in two, which some models' graphs do not survive."""
 
 
 class Recordings:
@@ -107,6 +107,11 @@ class Runner:
             self._loop(batch, train)
         else:
             self._pipeline(batch, train)
+        if train and any(compat.has_unreduced_gradients(stage) for stage in self.stages):
+            raise TrainingError(
+                f"schedule={self.schedule} with dp or fsdp: FSDP2 did not sum all gradients of this model over the "
+                "ranks. Use interleaved1f1b, looped_bfs, 1f1b or gpipe."
+            )
         return self._sum
 
     def _loss(self, output: Tensor, target: Any = None) -> Tensor:

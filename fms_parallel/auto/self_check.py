@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from fms_parallel import compat
+from fms_parallel.auto.blocks import hooked
 from fms_parallel.auto.source import skeleton_of
 from fms_parallel.checkpoint.lazy import MemoryTensor, copy_box
 from fms_parallel.distributed.boxes import local_box, local_tensor
@@ -160,13 +161,8 @@ def _noting(model: nn.Module, seen: dict[str, list[Tensor]], running: list[str])
         leaves = [leaf for leaf in compat.flatten_tree(out)[0] if isinstance(leaf, Tensor)]
         seen.setdefault(names[id(module)], []).extend(leaf.detach() for leaf in leaves)
 
-    handles = [module.register_forward_pre_hook(opened) for module in model.modules()]
-    handles += [module.register_forward_hook(closed) for module in model.modules()]
-    try:
+    with hooked(model, opened, closed):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # ---- the cut one ------------------------------------------------------------------------------------------------

@@ -136,8 +136,8 @@ def draw(skeleton: nn.Module, blocks: Sequence[str], wanted: set[str], seed: int
     """Initial values of the parameters named in `wanted`, part by part: the same for every rank and layout.
 
     Each module draws as it says itself (transformers: `_init_weights`, torch: `reset_parameters`), with random numbers
-    keyed by the seed and the module's name. One block is in memory at a time. What a model does to itself as a whole
-    after its modules (a rescaling of some of them, say) is not done.
+    keyed by the seed and the module's name. One block is in memory at a time. What a module around a block says of what
+    is inside (a rescaling by depth, a table of positions) is done to each block, the rest having no memory then.
 
     Raises:
         ConfigError: a parameter that no module says how to start.
@@ -152,6 +152,7 @@ def draw(skeleton: nn.Module, blocks: Sequence[str], wanted: set[str], seed: int
         with torch.no_grad():
             for name, module in reversed(list(real.named_modules()) if recurse else [("", real)]):
                 _initialise(skeleton, module, prefix + name, seed)
+            _initialise_from_outside(skeleton, real, prefix.removesuffix("."), seed)
         for name, full in todo.items():
             value = real.get_parameter(name).detach()
             if not bool(torch.isfinite(value).all()):
@@ -198,6 +199,22 @@ def _initialise(skeleton: nn.Module, module: nn.Module, name: str, seed: int) ->
             reset()
     finally:
         torch.set_rng_state(state)
+
+
+def _initialise_from_outside(skeleton: nn.Module, real: nn.Module, name: str, seed: int) -> None:
+    """Let the modules around a part do to it what they say (transformers only), innermost first."""
+    if not name or not hasattr(skeleton, "_init_weights"):
+        return
+    path = name.split(".")
+    parent = skeleton.get_submodule(".".join(path[:-1]))
+    before = parent._modules[path[-1]]
+    parent._modules[path[-1]] = real
+    try:
+        for depth in reversed(range(len(path))):
+            outer = ".".join(path[:depth])
+            _initialise(skeleton, skeleton.get_submodule(outer), f"{outer}>{name}", seed)
+    finally:
+        parent._modules[path[-1]] = before
 
 
 def seed_of(seed: int, name: str) -> int:

@@ -93,7 +93,7 @@ class Task:
 
     def add_rows(self, batch: dict[str, Tensor], missing: int) -> dict[str, Tensor]:
         """`missing` rows more, copies of the last one, whose labels do not count."""
-        padded = {name: _repeat_last(value, missing) for name, value in batch.items()}
+        padded = {name: repeat_last(value, missing) for name, value in batch.items()}
         padded[self.labels][-missing:] = IGNORE
         return padded
 
@@ -205,5 +205,6 @@ def get_task(model: nn.Module, task: str | Task | None) -> Task:
     raise ConfigError(f"{name} does not say what it is trained on: give task= ({', '.join(TASKS)}) or loss=.")
 
 
-def _repeat_last(value: Tensor, missing: int) -> Tensor:
+def repeat_last(value: Tensor, missing: int) -> Tensor:
+    """`missing` rows more, copies of the last one."""
     return torch.cat([value, value[-1:].expand(missing, *value.shape[1:])])

@@ -4,7 +4,7 @@
         (`flow.py`); if the cut ends in B, they are colwise and B is rowwise
     2   what the model's code counts by itself (`view(..., self.num_heads, ...)`) is divided by tp: those attributes
         with which the model, run on shapes with cut matrices, gives the shapes that step 1 predicted at every operation
-    3   the token embedding and the head that go together are cut along the vocabulary
+    3   token embedding and head that go together are cut along the vocabulary; a mixture's experts are dealt out
 
 Whatever is not found is replicated. It knows modules, names and graphs; it knows no ranks.
 """
@@ -36,7 +36,7 @@ from fms_parallel.auto.flow import (
 from fms_parallel.auto.flow_rules import RULES
 from fms_parallel.auto.graph import Traced, operation, shape_of, tensors_of, trace, words_of
 from fms_parallel.auto.self_check import shortened
-from fms_parallel.auto.tensor_styles import Columns, Features, Numbers, Rows, as_expressions
+from fms_parallel.auto.tensor_styles import Columns, Features, Numbers, Rows, as_expressions, experts_of
 from fms_parallel.errors import LayoutError
 from fms_parallel.strategy.ties import tied_names
 
@@ -105,14 +105,14 @@ class _Inference:
         """As `infer_tensor_plan`."""
         self._find_regions()
         numbers = self._agree()
-        if not self.regions:
+        if not self.regions and not experts_of(self.model, self.tp):
             reasons = "; ".join(f"{name}: {why}" for name, why in list(self.why.items())[:3])
             raise LayoutError(
                 f"tp={self.tp}: nothing of {type(self.model).__name__} can be cut by itself "
                 f"({reasons or 'no matrices'}). Give tensor_plan={{expression: word}}, or use pp and fsdp."
             )
         self._check_crossings(stages)
-        words: dict[str, Any] = {}
+        words: dict[str, Any] = dict(experts_of(self.model, self.tp))
         for region in self.regions:
             words.update(self._words(region))
         words.update(self._vocabulary(words))

@@ -4,10 +4,11 @@
     Columns(parts, transposed=True)     a matrix `[in, out]` that is multiplied from the right (GPT-2's Conv1D)
     Rows(transposed=True)               such a matrix, cut along what it reads
     Features()                          an embedding cut along its width: a position bias with a value for each head
+    Experts()                           a mixture's experts, 3-D weights: each rank has some of them
     Numbers(("num_heads",))             no cut: these attributes are divided by tp
 
-A matrix with several parts is whole on every rank, which computes with its share and sums gradients: a piece of it is
-no box of the stored tensor, and checkpoints, shards and saving know boxes. It knows single modules.
+A matrix with several parts is stored in one piece for each rank, because checkpoints, shards and saving know boxes, and
+dealt out when it is used (`dealing.py`). It knows single modules.
 """
 
 from __future__ import annotations
@@ -15,17 +16,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from fms_parallel.distributed.collectives import Axis
+from fms_parallel.auto.dealing import deal, dealing
+from fms_parallel.distributed.collectives import copy_in
+from fms_parallel.errors import LayoutError
 from fms_parallel.modules.tp import local
-from fms_parallel.strategy.styles import Door, PartialStyle, PlannedStyle
+from fms_parallel.strategy.styles import Door, PlannedStyle
 
 
 class Word:
@@ -71,19 +76,35 @@ class Features(Word):
 
 
 @dataclass(frozen=True)
+class Experts(Word):
+    """Experts `[X, ...]` in one module, called with tokens, each token's experts and their weights."""
+
+    def style(self, name: str, sp: bool, door: Door, recurse: bool) -> PlannedStyle:
+        """As `Word.style`."""
+        return ExpertsStyle(name, sp, door, recurse)
+
+
+@dataclass(frozen=True)
 class Numbers(Word):
     """Attributes of a module that count what each rank has 1/tp of."""
 
     names: tuple[str, ...]
 
 
-class PackedColumns(PartialStyle):
-    """Whole parameters, of which this rank uses its share of each part; begins a region."""
+class PackedColumns(PlannedStyle):
+    """Cut along the output in one piece, of which this rank uses its share of each part; begins a region."""
 
     def __init__(self, word: Columns, name: str, sp: bool, door: Door, recurse: bool = True) -> None:
         super().__init__(name, sp, door, recurse)
         self.word = word
-        self.advice = "its share should differ between the ranks. Give a tensor_plan."
+
+    def placement(self, name: str) -> Placement:
+        return Shard(1) if name == "weight" and self.word.transposed else Shard(0)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        super()._apply(module, device_mesh)
+        self.plan = dealing(self.word.parts, self.axis)
+        return module
 
     def run(self, module: nn.Module, inner: Callable[..., Any], x: Tensor) -> Tensor:
         x = self.door.enter(x, self.axis)
@@ -91,15 +112,7 @@ class PackedColumns(PartialStyle):
             weight, bias = module._parameters["weight"], module._parameters.get("bias")
             assert weight is not None
             turned = weight.t() if self.word.transposed else weight
-            return F.linear(x, self.share(turned), None if bias is None else self.share(bias))
-
-    def share(self, whole: Tensor) -> Tensor:
-        """This rank's rows of each part, beside each other."""
-        return torch.cat([part[slice(*_chunk(self.axis, len(part)))] for part in whole.split(self.word.parts)])
-
-
-def _chunk(axis: Axis, length: int) -> tuple[int, int]:
-    return axis.rank * length // axis.size, (axis.rank + 1) * length // axis.size
+            return F.linear(x, deal(turned, self.plan), None if bias is None else deal(bias, self.plan))
 
 
 class TransposedColumns(PlannedStyle):
@@ -139,6 +152,55 @@ class FeaturesStyle(PlannedStyle):
         with self.plain_parameters(module):
             found: Tensor = inner(ids)
         return found
+
+
+EXPERT_INPUTS = ("hidden_states", "top_k_index", "top_k_weights")
+"""What transformers' modules of experts are called with: `[T, E]`, `[T, k]`, `[T, k]`."""
+
+
+def experts_of(model: nn.Module, tp: int) -> dict[str, Experts]:
+    """Modules of experts of which each rank gets equally many."""
+    found = {name: module for name, module in model.named_modules() if _is_experts(module)}
+    return {name: Experts() for name, module in found.items() if module.num_experts % tp == 0}  # type: ignore[operator]
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether a module holds the weights of `num_experts` experts, stacked, and is called as transformers does."""
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    count = vars(module).get("num_experts")
+    if not own or type(count) is not int or len(list(module.parameters())) != len(own):
+        return False
+    stacked = all(parameter.dim() > 1 and len(parameter) == count for parameter in own)
+    return stacked and tuple(signature(module.forward).parameters) == EXPERT_INPUTS
+
+
+class ExpertsStyle(PlannedStyle):
+    """Each rank holds `1/tp` of the experts whole and computes what they add to their tokens; the sum ends it."""
+
+    def check(self, module: nn.Module, tp: int) -> None:
+        count = module.num_experts
+        if count % tp:  # type: ignore[operator]
+            raise LayoutError(f"{self.name}: tp={tp} does not divide its {count} experts: leave the word out.")
+
+    def placement(self, name: str) -> Placement:
+        return Shard(0)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        super()._apply(module, device_mesh)
+        module.num_experts //= device_mesh.size()  # type: ignore[operator, assignment]
+        if hasattr(module, "_is_expert_parallel"):
+            module._is_expert_parallel = True  # type: ignore[assignment]
+        return module
+
+    def run(self, module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        x, index, weights = signature(inner).bind(*args, **kwargs).args
+        count: int = module.num_experts  # type: ignore[assignment]
+        here = (index // count) == self.axis.rank
+        # transformers takes the index behind the last expert for "none".
+        mine = torch.where(here, index - self.axis.rank * count, count)
+        weights = copy_in(weights, self.axis) * here
+        with self.plain_parameters(module):
+            return self.leave(inner(self.door.enter(x, self.axis), mine, weights))
 
 
 def use_words(
