@@ -46,6 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--device_type", default="cpu", choices=("cpu", "cuda"))
     model.add_argument("--default_dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="of the parameters")
     model.add_argument("--distributed", help='the layout, such as "tp=2"; without it one process')
+    model.add_argument(
+        "--fast_weights", action="store_true", help="lay matrices out for decoding first (one more copy of them)"
+    )
     model.add_argument("--timeout", type=float, default=600.0, help="seconds until a silent rank is given up")
     work = parser.add_argument_group("work")
     work.add_argument("--seq_len", type=int, default=512, help="tokens of a prompt (default: %(default)s)")
@@ -149,6 +152,7 @@ def make_engine(args: argparse.Namespace, model: nn.Module, **options: Any) -> I
 
     longest = args.seq_len + args.max_new_tokens
     steps = max(512, args.batch_size + 1)
+    options["fast_weights"] = args.fast_weights
     options = {"max_seq_len": longest, "max_batch_size": args.batch_size, "max_step_tokens": steps} | options
     return InferenceEngine(model, **options)
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--tokenizer", help="char or a file (default: the run's, else char)")
     model.add_argument("--distributed", help='the layout, such as "tp=2"; without it one process')
     model.add_argument("--device_type", default="cpu", choices=("cpu", "cuda"))
+    model.add_argument(
+        "--fast_weights", action="store_true", help="lay matrices out for decoding first (one more copy of them)"
+    )
     model.add_argument("--timeout", type=float, default=600.0, help="seconds until a silent rank is given up")
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", action="append", help="may be given several times: one batch")
@@ -94,6 +98,7 @@ def generate_with(args: argparse.Namespace, layout: ParallelLayout, overrides: d
     """Everything that needs torch."""
     from fms_parallel.distributed.start import process_group
     from fms_parallel.inference import generate_text
+    from fms_parallel.inference.weights import prepare_for_decode
     from fms_parallel.models import get_config, get_model
     from fms_parallel.tokenizers import check_vocab, get_tokenizer
 
@@ -115,7 +120,9 @@ def generate_with(args: argparse.Namespace, layout: ParallelLayout, overrides: d
             linear_type=args.linear_type,
             **overrides,
         )
-        texts = generate_text(model, tokenizer, args.prompt, seed=args.seed, use_cache=args.use_cache, **words)
+        words |= {"seed": args.seed, "use_cache": args.use_cache}
+        with prepare_for_decode(model, len(args.prompt)) if args.fast_weights else nullcontext():
+            texts = generate_text(model, tokenizer, args.prompt, **words)
         if launch.rank == 0:
             for prompt, text in zip(args.prompt, texts, strict=True):
                 print(json.dumps({"prompt": prompt, "text": text}) if args.json else f"{prompt}{text}\n", flush=True)

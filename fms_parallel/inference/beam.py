@@ -14,16 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from fms_parallel.errors import ConfigError, FmsError, unknown
 from fms_parallel.inference.request import Endings, Ids
 from fms_parallel.inference.tables import HeldRow
 
 if TYPE_CHECKING:
-    from fms_parallel.inference.engine import InferenceEngine
-    from fms_parallel.inference.vocabulary import Vocabulary
+    from fms_parallel.inference.by_hand import ByHand
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class BeamSearch:
                 raise ConfigError(unknown("option of beam search", name, [*known, "eos_id"]))
         return cls(**given, endings=Endings.read(ending, ()))
 
-    def run(self, prompt: Ids, engine: InferenceEngine) -> list[Hypothesis]:
+    def run(self, prompt: Ids, engine: ByHand) -> list[Hypothesis]:
         """Search from `prompt`, with blocks of the engine's cache.
 
         Raises:
@@ -92,7 +88,7 @@ Candidate = tuple[float, int, int]
 
 
 class _Search:
-    def __init__(self, rules: BeamSearch, prompt: Ids, engine: InferenceEngine) -> None:
+    def __init__(self, rules: BeamSearch, prompt: Ids, engine: ByHand) -> None:
         self.rules, self.prompt, self.engine = rules, prompt, engine
         self.rows = [HeldRow(prompt, engine.pool)]
         self.scores = [0.0]
@@ -119,16 +115,15 @@ class _Search:
         """One forward; the likeliest continuations of all beams, best first."""
         engine, rules = self.engine, self.rules
         pieces = [row.piece() for row in self.rows]
-        logits = engine.runner.forward(pieces, engine.storage)
+        count = rules.beams * max(2, 1 + len(rules.endings.eos))
+        values, tokens = engine.runner.likeliest(pieces, engine.storage, count)
+        if not values[:, 0].isfinite().all():
+            raise FmsError("the logits are NaN or infinite: check the weights.")
         for row, piece in zip(self.rows, pieces, strict=True):
             row.did(piece)
-        count = rules.beams * max(2, 1 + len(rules.endings.eos))
-        values, tokens = log_probabilities(logits, engine.runner.vocabulary, count)
-        best = torch.cat([values.flatten(), tokens.flatten().double()]).to(engine.ranks.device)
-        both = engine.ranks.first(best).view(2, *values.shape).tolist()  # all ranks choose alike
         found = [
-            (self.scores[beam] + value, beam, int(token))
-            for beam, (v, t) in enumerate(zip(*both, strict=True))
+            (self.scores[beam] + value, beam, token)
+            for beam, (v, t) in enumerate(zip(values.tolist(), tokens.tolist(), strict=True))
             for value, token in zip(v, t, strict=True)
         ]
         return sorted(found, key=lambda one: -one[0])[:count]
@@ -175,14 +170,3 @@ class _Search:
         self.scores = [score for score, _, _ in going]
         for row, (_, _, token) in zip(self.rows, going, strict=True):
             row.tokens.append(token)
-
-
-def log_probabilities(logits: Tensor, vocabulary: Vocabulary, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row of `logits [R, run]`, as log-probabilities `[R, count]`, and their tokens."""
-    best, _ = vocabulary.largest(logits)
-    if not best.isfinite().all():
-        raise FmsError("the logits are NaN or infinite: check the weights.")
-    x = logits.double() - best.unsqueeze(-1)
-    total = vocabulary.gather(x.exp().sum(-1, keepdim=True)).sum(0).log()
-    values, tokens = vocabulary.candidates(x, count)
-    return values - total, tokens

@@ -11,8 +11,6 @@ import threading
 from collections import deque
 from typing import Any, NamedTuple
 
-import torch
-
 from fms_parallel.inference.ranks import SameOnAllRanks
 
 
@@ -63,12 +61,6 @@ class Inbox:
         found = self.take()
         if self._ranks.alone:
             return found
-        sent = pickle.dumps(found) if found and self._ranks.is_first else b""
-        size = int(self._ranks.first(torch.tensor([len(sent)], device=self._ranks.device)))
-        if size == 0:
-            return []
-        content = torch.zeros(size, dtype=torch.uint8, device=self._ranks.device)
-        if sent:
-            content.copy_(torch.frombuffer(bytearray(sent), dtype=torch.uint8))
-        loaded: list[Command] = pickle.loads(self._ranks.first(content).cpu().numpy().tobytes())
+        heard = self._ranks.share(pickle.dumps(found) if found and self._ranks.is_first else b"")
+        loaded: list[Command] = pickle.loads(heard) if heard else []
         return loaded

@@ -13,37 +13,43 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fms_parallel.errors import ConfigError, FmsError, LayoutError
-from fms_parallel.inference.beam import BeamSearch, Hypothesis
+from fms_parallel.inference.by_hand import ByHand
 from fms_parallel.inference.commands import Command, Inbox
 from fms_parallel.inference.draft import DraftModel
 from fms_parallel.inference.handle import Completion, Event, Handle
 from fms_parallel.inference.intake import Intake, Prompt, Read
 from fms_parallel.inference.kv_manager import KVCacheManager
-from fms_parallel.inference.ranks import SameOnAllRanks
 from fms_parallel.inference.report import Counts, MemoryReport, memory_report
 from fms_parallel.inference.row import Row
 from fms_parallel.inference.runner import EvalMode
 from fms_parallel.inference.scheduler import Limits, Scheduler
-from fms_parallel.inference.setup import Setup, distributed, make_cache, make_proposer, make_runner, vocabulary_of
+from fms_parallel.inference.setup import (
+    Setup,
+    distributed,
+    make_cache,
+    make_proposer,
+    make_ranks,
+    make_runner,
+    prepared,
+    vocabulary_of,
+)
+from fms_parallel.inference.sockets import connect
 from fms_parallel.inference.speculative import PromptLookup
-from fms_parallel.inference.two_phase import ScheduleGeneration
 from fms_parallel.inference.worker import Worker
 from fms_parallel.layout import ParallelLayout
-from fms_parallel.strategy.base import parallel_of
 from fms_parallel.tokenizers import Tokenizer
 
 Stream = Callable[[Event], object]
 
 
-class InferenceEngine:
+class InferenceEngine(ByHand):
     """Generates with one model for many requests at a time.
 
     Args:
@@ -56,6 +62,11 @@ class InferenceEngine:
         block_size: tokens of one of its blocks. share_prefixes: rows with the same beginning compute it once.
         serving_mode: keep the cache's memory, and what it holds, while there is nothing to do.
         max_step_tokens: of all rows in one step: the largest chunk of a prompt.
+        groups: with pp, steps under way at a time, each with its share of the rows (None: as many as stages).
+        fast_weights: lay matrices out for decoding until `close`, as fast as this machine reads them: up to one more
+            copy of them (`memory_report`), and seconds to find out. Weights must not change meanwhile.
+        local_sockets: ranks of tp that compute on one host's CPU talk through its sockets, if a self-test finds that
+            right and faster (None); False: never; True: it is an error where there is no such tp.
         speculative: propose tokens: a `PromptLookup` or a `DraftModel`.
         static_batches: fill a batch only when the one before it has ended altogether (for comparison).
         use_kv_cache, use_kv_manager: older words for cache="internal" and cache="manager".
@@ -79,6 +90,9 @@ class InferenceEngine:
         share_prefixes: bool = True,
         serving_mode: bool = True,
         max_step_tokens: int = 512,
+        groups: int | None = None,
+        fast_weights: bool = False,
+        local_sockets: bool | None = None,
         speculative: PromptLookup | DraftModel | None = None,
         static_batches: bool = False,
         use_kv_cache: bool = False,
@@ -87,7 +101,8 @@ class InferenceEngine:
         self.model = distributed(model, layout)
         self.tokenizer, self.serving_mode = tokenizer, serving_mode
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        self.ranks = SameOnAllRanks(parallel_of(self.model).mesh, device)
+        self.ranks = make_ranks(self.model, device, groups)
+        self.ranks.use(connect(self.model, local_sockets))
         self.setup = Setup.read(
             self.model,
             cache=cache,
@@ -113,8 +128,8 @@ class InferenceEngine:
         self._rows: dict[int, Row] = {}
         self._handles: dict[int, Handle] = {}  # of requests that the next step will hear of
         self._driver: threading.Thread | None = None
-        self._generation: ScheduleGeneration | None = None
         self._closed, self._mode = False, EvalMode(self.model)
+        self._fast = prepared(self.model, self.setup.rows, self.runner.groups) if fast_weights else None
         self._totals: Counter[str] = Counter()
 
     # ---- requests --------------------------------------------------------------------------------------------------
@@ -140,7 +155,7 @@ class InferenceEngine:
         with self._lock:
             self._obey(self._inbox.take_everywhere())
             self._advance()
-            return not (self.scheduler.idle and self._inbox.empty)
+            return not (self._idle and self._inbox.empty)
 
     def follow(self) -> None:
         """Take part in the first rank's steps until it closes its engine. For the other ranks."""
@@ -164,6 +179,8 @@ class InferenceEngine:
         """
         if self._closed:
             return
+        if self.ranks.broken:
+            return self._close()
         if not self.ranks.is_first:
             return self.follow()
         self._inbox.put(Command("close"))
@@ -194,7 +211,9 @@ class InferenceEngine:
         several = [prompts] if isinstance(prompts, str) else list(prompts)
         raises = options.pop("errors", "raise") != "return"
         read = [self.intake.try_read(row, several, options) for row in range(len(several))]
-        self.ranks.check_same([str(one) for one in read], "the prompts or options of generate")
+        # What is refused is refused everywhere, but a stage tells its own sizes.
+        same = ["refused" if isinstance(one, FmsError) else str(one) for one in read]
+        self.ranks.check_same(same, "the prompts or options of generate")
         if not several:
             raise ConfigError("no prompts: give at least one.")
         failed = next((one for one in read if isinstance(one, FmsError)), None)
@@ -205,46 +224,6 @@ class InferenceEngine:
         if failed is not None and raises:
             raise failed
         return found
-
-    def beam_search(self, prompt: Prompt, **options: Any) -> list[Hypothesis]:
-        """The likeliest continuations that beam search finds, best first; see `BeamSearch` for options.
-
-        Collective: on several ranks all make the same call. Steps of other requests wait meanwhile.
-        """
-        ids = self.intake.ids(prompt)
-        with self.by_hand():
-            return BeamSearch.read(options, self.intake.eos_id).run(ids, self)
-
-    # ---- two phases ------------------------------------------------------------------------------------------------
-
-    def prefill(self, input_ids: Tensor | Sequence[Sequence[int]], *, chunk: int | None = None) -> Tensor:
-        """Compute prompts of any lengths; returns the logits `[B, V]` behind each. See `ScheduleGeneration`."""
-        self.clear()
-        self._generation = ScheduleGeneration(self)
-        return self._generation.prefill(input_ids, chunk=chunk)
-
-    def decode_step(self, tokens: Tensor | Sequence[int], positions: Tensor | Sequence[int] | int) -> Tensor:
-        """One token of each row at its position; returns the logits `[B, V]` behind it."""
-        if self._generation is None:
-            raise ConfigError("decode_step without prompts: call prefill first.")
-        return self._generation.decode_step(tokens, positions)
-
-    def clear(self) -> None:
-        """Forget what `prefill` computed; memory stays."""
-        if self._generation is not None:
-            self._generation.close()
-            self._generation = None
-
-    @contextmanager
-    def by_hand(self) -> Iterator[None]:
-        """For one who runs the model: eval mode, no gradients, and no step of the engine meanwhile."""
-        with self._lock:
-            self._mode.enter()
-            try:
-                with self._mode.no_gradients():
-                    yield
-            finally:
-                self._rest()
 
     # ---- memory ----------------------------------------------------------------------------------------------------
 
@@ -277,7 +256,7 @@ class InferenceEngine:
 
     def memory_report(self) -> MemoryReport:
         """What this rank holds, and what would fit."""
-        return memory_report(self.model, self.setup, self.pool, self.storage, self.proposer)
+        return memory_report(self.model, self.setup, self.pool, self.storage, self.proposer, self._fast)
 
     def counts(self) -> Counts:
         """What it is doing, and has done."""
@@ -310,12 +289,12 @@ class InferenceEngine:
 
     def _generate(self, read: Sequence[Read | FmsError], stream: Stream | None) -> list[Completion]:
         with self._lock:
-            if not (self.ranks.alone or (self.scheduler.idle and self._inbox.empty)):
+            if not (self.ranks.alone or (self._idle and self._inbox.empty)):
                 raise ConfigError("generate on several ranks while requests run: submit those too, or wait for them.")
             handles = [None if isinstance(x, FmsError) else self._submit(x, stream, n) for n, x in enumerate(read)]
             if not self.ranks.alone:  # all ranks take the same steps without telling each other
                 self._obey(self._inbox.take())
-                while not self.scheduler.idle:
+                while not self._idle:
                     self._advance()
         failed = (Completion((), (), "", "error", one if isinstance(one, FmsError) else None) for one in read)
         return [no if handle is None else handle.result() for handle, no in zip(handles, failed, strict=True)]
@@ -350,12 +329,20 @@ class InferenceEngine:
             elif word == "close":
                 self._close()
 
+    @property
+    def _idle(self) -> bool:
+        return self.scheduler.idle and not self._worker.flights
+
     def _advance(self) -> None:
-        if not self.scheduler.idle and (planned := self.scheduler.plan()):
-            with self.by_hand():
-                self._worker.run(planned)
-        else:
-            self._rest()
+        if not self._idle:
+            self._mode.enter()
+            try:
+                with self._mode.no_gradients():
+                    self._worker.step()
+            except BaseException:
+                self.ranks.broken = not self.ranks.alone  # where the others are, nobody knows
+                raise
+        self._rest()
 
     def _cancel(self, row: Row) -> None:
         row.finish = "cancelled"
@@ -379,15 +366,20 @@ class InferenceEngine:
             self._closed, self._mode.held = True, False
             for row in list(self.scheduler.rows()):
                 self._cancel(row)
+            if not self.ranks.broken:
+                self._worker.finish()
             self.clear()
             self._release()
             if self.storage is not None:
                 self.storage.close()
+            if self._fast is not None:
+                self._fast.undo()
             self._rest()
+            self.ranks.close()
 
     def _rest(self) -> None:
         """With nothing to do, the model is as it was found, and batch mode holds no memory."""
-        if not self.scheduler.idle:
+        if not self._idle:
             return
         self._mode.leave()
         if not self.serving_mode and self.pool is not None and not self.pool.in_use:

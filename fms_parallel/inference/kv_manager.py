@@ -37,6 +37,7 @@ class CacheSize:
     def of(cls, model: nn.Module) -> CacheSize:
         """Read from the model's attention modules. Raises ConfigError when it has none of ours."""
         layers = {module.layer: (_kv_heads(module), module.shape.head_width) for module in attentions(model)}
+        layers = layers or getattr(model, "cache_layers", {})  # a model of another library says it itself
         if not layers:
             raise ConfigError(
                 f"{type(model).__name__} has no fms_parallel.modules.attention.Attention: the engine cannot keep its "
@@ -187,6 +188,8 @@ class AttentionMemory:
     def __init__(self, model: nn.Module, tokens: int) -> None:
         self.tokens = tokens
         self._modules = {module.layer: module for module in attentions(model)}
+        if not self._modules:
+            raise ConfigError("cache='internal' needs attention modules of ours: use cache='paged' or 'manager'.")
         owners = {ref() for module in self._modules.values() if (ref := vars(module).get("kv_owner")) is not None}
         if owners - {None}:
             raise ConfigError(

@@ -88,8 +88,6 @@ def generate(
         ConfigError: an impossible request, before anything is computed, on every rank alike.
         FmsError: the model's logits are NaN or infinite.
     """
-    if parallel_of(model).pipeline is not None:
-        raise LayoutError("pipeline stages do not generate yet: load the checkpoint in a layout without pp.")
     if parallel_of(model).context is not None:
         raise LayoutError("generation does not run over cp: load the checkpoint in a layout without cp.")
     ranks = SameOnAllRanks(parallel_of(model).mesh, _device_of(model))
@@ -105,6 +103,8 @@ def generate(
     ranks.check_same(str(failure) if failure else request, "the prompts or settings of generate")
     if failure is not None:
         raise failure
+    if parallel_of(model).pipeline is not None:
+        return _in_stages(model, request)
     with _evaluating(model):
         return _continue(model, request, ranks)
 
@@ -135,6 +135,32 @@ def _text_behind(tokenizer: Tokenizer, prompt: list[int], new: list[int], ending
     new = new[: len(new) - endings.of(new)]
     before, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + new)
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new)
+
+
+def _in_stages(model: nn.Module, request: Request) -> list[list[int]]:
+    """Pipeline stages work on several groups of rows at a time, which is the engine's business; tokens are the same."""
+    from fms_parallel.inference.engine import InferenceEngine
+
+    rows, rules = len(request.prompts), request.sampling
+    cache = "paged" if request.use_cache else "none"
+    longest = max(2, request.width + request.max_new_tokens)
+    engine = InferenceEngine(
+        model,
+        cache=cache,
+        max_batch_size=rows,
+        max_seq_len=longest,
+        max_step_tokens=max(512, rows + 1),
+    )
+    options: dict[str, Any] = {
+        "temperature": rules.temperature,
+        "top_k": rules.top_k,
+        "top_p": rules.top_p,
+        "seed": rules.seed,
+    }
+    endings: dict[str, Any] = {"eos_id": sorted(request.endings.eos) or None, "stop": list(request.endings.stop)}
+    with engine:
+        found = engine.generate(request.prompts, max_new_tokens=request.max_new_tokens, **options, **endings)
+    return [list(one.tokens) for one in found]
 
 
 # ---- the loop -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from fms_parallel.inference.paged import BlockPool
 
 if TYPE_CHECKING:
     from fms_parallel.inference.setup import Proposer, Setup
+    from fms_parallel.inference.weights import Prepared
 
 GIB = 2**30
 
@@ -30,6 +31,7 @@ class MemoryReport:
         token: bytes of one token's keys and values. tokens: that fit; used: that running rows hold; shared: of those
             and of earlier rows, how many were found instead of computed; kept: of rows that ended, for rows to come.
         rows: that may run at a time. longest: tokens of one row at most. draft: bytes of the draft model's cache.
+        copies: bytes of matrices laid out for decoding, beside the weights.
     """
 
     weights: int
@@ -43,6 +45,7 @@ class MemoryReport:
     rows: int
     longest: int
     draft: int = 0
+    copies: int = 0
 
     @property
     def free(self) -> int:
@@ -58,6 +61,8 @@ class MemoryReport:
             ("shared", f"{self.shared:,} tokens were found, not computed"),
             ("rows", f"{self.rows} at a time, of up to {self.longest:,} tokens"),
         ]
+        if self.copies:
+            lines.insert(1, ("copies", f"{self.copies / GIB:.3f} GiB of weights laid out for decoding"))
         if self.draft:
             lines.append(("draft cache", f"{self.draft / GIB:.3f} GiB"))
         return "\n".join(f"{name:12}{text}" for name, text in lines)
@@ -97,7 +102,12 @@ def sizes(tokens: int, token_bytes: int) -> str:
 
 
 def memory_report(
-    model: nn.Module, setup: Setup, pool: BlockPool | None, storage: Storage | None, proposer: Proposer | None
+    model: nn.Module,
+    setup: Setup,
+    pool: BlockPool | None,
+    storage: Storage | None,
+    proposer: Proposer | None,
+    fast: Prepared | None = None,
 ) -> MemoryReport:
     """What an engine of these parts holds on this rank."""
     weights = sum(_local_bytes(p) for p in {id(p): p for p in model.parameters()}.values())
@@ -115,6 +125,7 @@ def memory_report(
         rows=setup.rows,
         longest=setup.longest,
         draft=0 if proposer is None else proposer.memory_bytes,
+        copies=0 if fast is None else fast.extra_bytes,
     )
 
 

@@ -28,7 +28,8 @@ class Row:
 
     Attributes:
         tokens: prompt and new ones. computed: so many of them have keys and values. table: where, while it is running.
-        drafted: tokens proposed behind the last, for the step at hand. busy: a step with this row is under way.
+        drafted: tokens proposed behind the last, for the step at hand. busy: its next token is under way.
+        turn: number of the last step that it took part in.
         shared: prompt tokens found in the cache when it was begun. draft_table, draft_computed: as table and computed,
             in the cache of a draft model.
     """
@@ -36,7 +37,7 @@ class Row:
     def __init__(self, number: int, prompt: Ids, options: Options, tokenizer: Tokenizer | None, handle: Handle) -> None:
         self.number, self.prompt, self.options, self.handle = number, prompt, options, handle
         self.tokens: list[int] = list(prompt)
-        self.computed, self.shared, self.busy = 0, 0, False
+        self.computed, self.shared, self.busy, self.turn = 0, 0, False, 0
         self.drafted: Sequence[int] = ()
         self.draft_computed = 0
         self.table: Table | None = None

@@ -45,6 +45,7 @@ class Scheduler:
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
         self.preemptions = 0
+        self._turn = 0
 
     @property
     def idle(self) -> bool:
@@ -68,23 +69,40 @@ class Scheduler:
         elif row in self.waiting:
             self.waiting.remove(row)
 
-    def plan(self) -> list[tuple[Row, int]]:
-        """The next step: rows, and how many of its uncomputed tokens each computes. Busy rows are left out."""
-        if self.pool is None:
-            self._admit(self.limits.tokens)
-            return [(row, row.left) for row in self.running if not row.busy]
+    def plan(self, groups: int = 1) -> list[tuple[Row, int]]:
+        """The next step: rows, and how many of its uncomputed tokens each computes. Busy rows are left out.
+
+        Args:
+            groups: steps that are to be under way at a time; each takes its share of the rows, in turn.
+        """
+        most = -(-min(self.limits.rows, len(self.running) + len(self.waiting)) // groups)
+        free = [row for row in self.running if not row.busy]
+        if groups > 1:
+            free = sorted(free, key=lambda row: row.turn)[:most]
+        planned = self._planned_whole(free, most) if self.pool is None else self._planned(free, most)
+        self._turn += 1
+        for row, _ in planned:
+            row.turn = self._turn
+        return planned
+
+    def _planned_whole(self, free: list[Row], most: int) -> list[tuple[Row, int]]:
+        """Without a cache: each row as a whole."""
+        return [(row, row.left) for row in [*free, *self._admit(self.limits.tokens, most - len(free))]]
+
+    def _planned(self, free: list[Row], most: int) -> list[tuple[Row, int]]:
+        """Decodes first; prompts fill what they leave, those of rows that come in last."""
         planned: list[tuple[Row, int]] = []
         budget = self.limits.tokens
-        for row in [row for row in self.running if row.left == 1 and not row.busy]:
+        for row in [row for row in free if row.left == 1]:
             if row in self.running and self._grow(row):
                 planned.append((row, 1))
                 budget -= 1 + self.draft
         planned = [(row, count) for row, count in planned if row in self.running]  # a later row's growth may preempt
-        for row in self.running:
-            if row.left > 1 and not row.busy and budget > 0:
+        for row in free:
+            if row in self.running and row.left > 1 and budget > 0:
                 planned.append((row, min(row.left, budget)))
                 budget -= planned[-1][1]
-        for row in self._admit(budget):
+        for row in self._admit(budget, most - len(planned)):
             if budget > 0:  # a static batch is filled at once, and computed as the budget allows
                 planned.append((row, min(row.left, budget)))
                 budget -= planned[-1][1]
@@ -115,13 +133,15 @@ class Scheduler:
             self.pool.end(row.table)
         row.table, row.computed, row.drafted = None, 0, ()
 
-    def _admit(self, budget: int) -> list[Row]:
-        """Let rows in that wait, in their order, as long as one more fits and the budget lasts."""
+    def _admit(self, budget: int, most: int) -> list[Row]:
+        """Let rows in that wait, at most so many, in their order, as long as one more fits and the budget lasts."""
         admitted: list[Row] = []
         if self.limits.static and self.running:
             return admitted
         while self.waiting and len(self.running) < self.limits.rows and (budget > 0 or self.limits.static):
             row = self.waiting[0]
+            if len(admitted) >= most and not self.limits.static:
+                break
             if self.pool is not None and not self._begin(row):
                 break
             self.waiting.popleft()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fms_parallel.errors import ConfigError, LayoutError, unknown
+from fms_parallel.inference.channel import StagedRanks
 from fms_parallel.inference.draft import DraftModel, LookupProposer, ModelProposer
 from fms_parallel.inference.kv_manager import AttentionMemory, CacheSize, KVCacheManager, Storage
 from fms_parallel.inference.loop import check_forward
@@ -20,6 +21,9 @@ from fms_parallel.inference.ranks import SameOnAllRanks
 from fms_parallel.inference.report import sizes
 from fms_parallel.inference.runner import ModelRunner, Runner
 from fms_parallel.inference.speculative import PromptLookup
+from fms_parallel.inference.staged import StagedRunner
+from fms_parallel.inference.transformers_model import TransformersModel, is_transformers, spread
+from fms_parallel.inference.weights import Prepared, prepare_for_decode
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.strategy.base import parallel_of
 from fms_parallel.strategy.compose import compose
@@ -97,8 +101,9 @@ class Setup:
     ) -> None:
         """Raise ConfigError when numbers of a cache are not this model's, or more rows than there are (None: any)."""
         own_heads = getattr(getattr(model, "config", None), "heads", heads)
+        own_layers = getattr(getattr(model, "config", None), "layers", len(self.size.layers))  # of all stages
         own_width = next(iter(self.size.layers.values()))[1]
-        given = {"num_layers": (layers, len(self.size.layers)), "num_heads": (heads, own_heads)}
+        given = {"num_layers": (layers, own_layers), "num_heads": (heads, own_heads)}
         for name, (number, own) in (given | {"head_dim": (width, own_width)}).items():
             if number is not None and number != own:
                 raise ConfigError(f"init_kv_cache({name}={number}): this model's is {own}.")
@@ -163,13 +168,19 @@ def vocabulary_of(model: nn.Module) -> int:
 
 def distributed(model: nn.Module, layout: str | ParallelLayout | None) -> nn.Module:
     """`model` as `layout` says; checked that it can be served."""
+    if is_transformers(model) and hasattr(getattr(model, "model", None), "parallel"):
+        model = model.model  # type: ignore[assignment]  # one of ours behind their words (to_hf_api)
     if layout is not None:
         if parallel_of(model).mesh is not None:
             raise LayoutError(f"layout={str(layout)!r} for a model that is spread already: leave it out.")
         world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         wanted = ParallelLayout.parse(layout) if isinstance(layout, str) else layout
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        if is_transformers(model):
+            return spread(model, wanted.resolve(world, local))
         model = compose(model, wanted.resolve(world, local), device=device)
+    if is_transformers(model):
+        return TransformersModel(model)
     if parallel_of(model).context is not None:
         raise LayoutError("generation does not run over cp: load the checkpoint in a layout without cp.")
     check_forward(model)
@@ -186,11 +197,27 @@ def make_cache(model: nn.Module, setup: Setup, device: torch.device) -> tuple[Bl
     return pool, KVCacheManager(setup.size, setup.blocks, setup.block_size, device)
 
 
+def make_ranks(model: nn.Module, device: torch.device, groups: int | None) -> SameOnAllRanks:
+    """Who goes on with the same tokens; with stages, where messages are not waited for. Collective."""
+    parallel = parallel_of(model)
+    if groups is not None and groups < 1:
+        raise ConfigError(f"groups={groups}: at least 1 group of rows is under way.")
+    if parallel.pipeline is None:
+        if groups not in (None, 1):
+            raise ConfigError(f"groups={groups}: only pipeline stages work on several groups of rows; leave it out.")
+        return SameOnAllRanks(parallel.mesh, device)
+    assert parallel.mesh is not None
+    return StagedRanks(parallel.mesh, device, groups or parallel.layout.pp)
+
+
 def make_runner(model: nn.Module, vocab: int, ranks: SameOnAllRanks) -> Runner:
     """What runs the model."""
-    if parallel_of(model).pipeline is not None:
-        raise LayoutError("pipeline stages do not generate yet: load the checkpoint in a layout without pp.")
-    return ModelRunner(model, vocab, ranks)
+    return StagedRunner(model, vocab, ranks) if isinstance(ranks, StagedRanks) else ModelRunner(model, vocab, ranks)
+
+
+def prepared(model: nn.Module, rows: int, groups: int) -> Prepared:
+    """The model with its matrices laid out for the rows of one step."""
+    return prepare_for_decode(model, -(-rows // groups))
 
 
 def make_proposer(

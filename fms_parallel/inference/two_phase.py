@@ -16,7 +16,7 @@ from fms_parallel.inference.options import check_tokens, read_prompt
 from fms_parallel.inference.tables import HeldRow
 
 if TYPE_CHECKING:
-    from fms_parallel.inference.engine import InferenceEngine
+    from fms_parallel.inference.by_hand import ByHand
 
 
 class ScheduleGeneration:
@@ -28,7 +28,7 @@ class ScheduleGeneration:
     On several ranks all make the same calls. Its rows hold blocks of the engine's cache until `close`.
     """
 
-    def __init__(self, engine: InferenceEngine) -> None:
+    def __init__(self, engine: ByHand) -> None:
         self.engine = engine
         self.rows: list[HeldRow] = []
 
@@ -93,7 +93,7 @@ class ScheduleGeneration:
         waiting = list(enumerate(self.rows))
         while waiting:
             pieces = [row.piece(1, chunk) for _, row in waiting]
-            logits = engine.runner.forward(pieces, engine.storage, whole=True)
+            logits = engine.runner.logits(pieces, engine.storage)
             done = [number for (number, _), piece in zip(waiting, pieces, strict=True) if piece.wanted]
             found.update(zip(done, logits, strict=True))
             for (_, row), piece in zip(waiting, pieces, strict=True):

@@ -80,6 +80,14 @@ class Vocabulary:
         values, tokens = both[..., 0].gather(1, order), both[..., 1].gather(1, order)
         return values, tokens.clamp(min=0).long()
 
+    def log_probabilities(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """`candidates` of `logits [R, run]` as log-probabilities; NaN in rows that are no distribution. Collective."""
+        best, _ = self.largest(logits)
+        x = logits.double() - best.unsqueeze(-1)
+        total = self.gather(x.exp().sum(-1, keepdim=True)).sum(0).log()
+        values, tokens = self.candidates(x, count)
+        return values - total, tokens
+
     def pick(self, mass: Tensor, draws: Tensor) -> Tensor:
         """The token at which the summed masses `[R, run]`, of all ranks, pass each draw `[R]` in [0, 1). Collective."""
         mass = F.pad(mass, (0, 1)) if mass.shape[-1] == 0 else mass

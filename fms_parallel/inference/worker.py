@@ -1,19 +1,20 @@
-"""`Worker`: one step: the planned rows' pieces through the model, their new tokens back into the rows.
+"""`Worker`: steps: the planned rows' pieces through the model, their new tokens back into the rows.
 
 It knows rows, blocks, a runner and a proposer; who takes part is decided by the scheduler, who is told by the engine.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from fms_parallel.errors import FmsError
 from fms_parallel.inference.draft import Proposal
 from fms_parallel.inference.kv_manager import Storage
 from fms_parallel.inference.ragged import Piece
 from fms_parallel.inference.row import Row
-from fms_parallel.inference.runner import Runner
+from fms_parallel.inference.runner import Answers, Runner
 from fms_parallel.inference.scheduler import Scheduler
 from fms_parallel.inference.setup import Proposer
 from fms_parallel.log import get_logger
@@ -24,13 +25,21 @@ Planned = Sequence[tuple[Row, int]]
 """Rows of one step, and how many of their uncomputed tokens each computes."""
 
 
+@dataclass(frozen=True)
+class Flight:
+    """A step that has begun: the rows that wait for its tokens, and where those will come from."""
+
+    rows: list[Row]
+    answers: Answers
+
+
 class Worker:
     """Runs steps.
 
     Args:
         forget: called with a row that has ended, before its owner is told.
     Attributes:
-        counts: of steps, drafted and accepted tokens.
+        counts: of steps, drafted and accepted tokens. flights: steps under way, oldest first.
     """
 
     def __init__(
@@ -43,36 +52,64 @@ class Worker:
     ) -> None:
         self.runner, self.scheduler, self.storage, self.proposer = runner, scheduler, storage, proposer
         self.forget, self.counts = forget, Counter[str]()
+        self.flights: deque[Flight] = deque()
 
-    def run(self, planned: Planned) -> None:
-        """One forward. A row whose logits are no distribution ends with an error, and so do all when it fails.
+    def step(self) -> None:
+        """Begin as many steps as can be under way, each with rows of its own; take the tokens of the oldest.
+
+        A row whose logits are no distribution ends with an error, and so do all of a step that fails.
 
         Raises:
             what the forward raised, when it failed with other ranks in it: they may not have.
         """
+        while len(self.flights) < self.runner.groups and (planned := self.scheduler.plan(self.runner.groups)):
+            self._begin(planned)
+        if self.flights:
+            self._take()
+
+    def finish(self) -> None:
+        """Take the tokens of all steps under way."""
+        while self.flights:
+            self._take()
+
+    def _begin(self, planned: Planned) -> None:
         proposals = self._propose(planned)
         pieces = [self._piece(row, count) for row, count in planned]
         ready = [row for (row, _), piece in zip(planned, pieces, strict=True) if piece.wanted]
         asks, drafts = [row.asks() for row in ready], [proposals.get(row.number, ([], None)) for row in ready]
         try:
-            answers = self.runner.choose(pieces, self.storage, asks, drafts)
+            answers = self.runner.begin(pieces, self.storage, asks, drafts)
         except Exception as error:
-            self._lose(planned, error)
+            self._lose([row for row, _ in planned], error)
             return
         self.counts["steps"] += 1
-        for row, count in planned:
-            row.computed += count
+        for (row, count), piece in zip(planned, pieces, strict=True):
+            row.computed += count  # for every step begun later: each rank computes them in this order
+            row.busy = piece.wanted > 0
+            if not row.busy:
+                self._settle(row)
+        self.flights.append(Flight(ready, answers))
+
+    def _take(self) -> None:
+        """The tokens of the oldest step into its rows; those of a row that was cancelled meanwhile are dropped."""
+        flight = self.flights.popleft()
+        try:
+            answers = flight.answers()
+        except Exception as error:
+            self._lose(flight.rows, error)
+            return
+        going = [(row, chosen) for row, chosen in zip(flight.rows, answers, strict=True) if row.finish is None]
         news = []
-        for row, chosen in zip(ready, answers, strict=True):
+        for row, chosen in going:
             self.counts.update(drafted=len(row.drafted), accepted=len(chosen) - 1)
             right = len(row.tokens) + len(chosen) - 1  # so many tokens, drafted ones included, were computed rightly
             news.append(row.take(chosen))
-            row.drafted, row.computed = (), min(right, len(row.tokens) - 1)
+            row.busy, row.drafted, row.computed = False, (), min(right, len(row.tokens) - 1)
             if self.proposer is not None:
                 self.proposer.took(row, right)
-        for row, _ in planned:
+        for row, _ in going:
             self._settle(row)
-        for row, (taken, text) in zip(ready, news, strict=True):
+        for (row, _), (taken, text) in zip(going, news, strict=True):
             ended = row.finish is not None
             row.tell(taken, text)
             if row.finish is not None and not ended:  # its owner could not take it
@@ -113,14 +150,15 @@ class Worker:
         most = min(self.scheduler.draft, row.options.max_new_tokens - len(row.new) - 1)
         return most if most > 0 and self.scheduler.grow_for_draft(row, len(row.tokens) + most) else 0
 
-    def _lose(self, planned: Planned, error: Exception) -> None:
-        """The forward failed: these requests cannot go on, others can. With other ranks nobody can know."""
+    def _lose(self, rows: Sequence[Row], error: Exception) -> None:
+        """A step failed: these requests cannot go on, others can. With other ranks nobody can know."""
         log.error("a step failed", exc_info=error)
         failure = error if isinstance(error, FmsError) else FmsError(f"the model failed: {error!r}.")
         failure.__cause__ = error.__cause__ if failure is error else error
-        for row, _ in planned:
+        for row in rows:
             row.fail(failure)
             self.forget(row)
             row.tell(())
         if not self.runner.alone:
+            self.flights.clear()
             raise error

@@ -75,9 +75,9 @@ def in_parts(logits: Tensor) -> Tensor:
     return sampler.tokens(logits[:, start:stop], asks)
 
 
-def followed() -> Results:
+def followed(layout: str = "tp=2") -> Results:
     """Requests on the first rank only; the others follow."""
-    engine = InferenceEngine(tiny_llama(2).double(), layout="tp=2", max_batch_size=2, max_seq_len=40)
+    engine = InferenceEngine(tiny_llama(2).double(), layout=layout, max_batch_size=2, max_seq_len=40)
     if dist.get_rank():
         engine.follow()
         return {"used": engine.memory_report().used, "steps": engine.counts().steps, "refused": refused(engine)}

@@ -459,3 +459,39 @@ def test_model_without_our_attention_is_refused() -> None:
 def test_layout_for_other_ranks_than_there_are_is_refused() -> None:
     with pytest.raises(LayoutError, match="2 ranks"):
         InferenceEngine(tiny_llama(), layout="tp=2")
+
+
+# ---- weights laid out for decoding ---------------------------------------------------------------------------------
+
+
+def test_fast_weights_give_the_same_tokens_and_are_undone() -> None:
+    model = tiny_llama(2).double()
+    wanted = plain_tokens(model)
+    with InferenceEngine(model, fast_weights=True) as engine:
+        assert [list(one.tokens) for one in engine.generate(PROMPTS, max_new_tokens=NEW)] == wanted
+        prepared = [module for module in model.modules() if getattr(module, "fast", None)]
+        copies = engine.memory_report().copies
+        assert (copies > 0) == any(choice.layout != "stored" for choice in engine._fast.choices)  # type: ignore[union-attr]
+        assert bool(prepared) == (copies > 0)
+    assert not any(getattr(module, "fast", None) for module in model.modules())
+    assert plain_tokens(model) == wanted
+
+
+def test_fast_weights_of_a_changed_model_are_not_used() -> None:
+    """An optimizer step under an open engine: an error, never old weights."""
+    model = tiny_llama(2)
+    engine = InferenceEngine(model, fast_weights=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    found = engine.generate([[1, 2]], max_new_tokens=2, errors="return")[0]
+    engine.close()
+    changed = any(choice.layout != "stored" for choice in engine._fast.choices)  # type: ignore[union-attr]
+    assert (found.finish == "error") == changed
+    with InferenceEngine(model) as fresh:
+        assert fresh.generate([[1, 2]], max_new_tokens=2)[0].finish == "length"
+
+
+def plain_tokens(model: nn.Module) -> list[list[int]]:
+    with InferenceEngine(model) as engine:
+        return [list(one.tokens) for one in engine.generate(PROMPTS, max_new_tokens=NEW)]

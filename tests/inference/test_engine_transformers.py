@@ -1,4 +1,4 @@
-"""The engine's tokens against transformers' `generate`: four families, greedy and beams, fp64."""
+"""The engine's tokens against transformers' `generate`: four families, greedy and beams, ours and theirs, fp64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from fms_parallel.errors import ConfigError, LayoutError
 from fms_parallel.inference import InferenceEngine, PromptLookup
+from fms_parallel.inference.transformers_model import spread
+from fms_parallel.layout import ParallelLayout
 from fms_parallel.models import get_model
 
 transformers = pytest.importorskip("transformers", reason="the reference: pip install fms_parallel[hf]")
@@ -103,3 +106,57 @@ def test_beams_are_theirs(both: tuple[Any, Any], rules: tuple[int, float, bool],
             assert [list(one.tokens) for one in found] == rows
             assert [one.score for one in found] == pytest.approx(wanted.sequences_scores.tolist(), rel=1e-6)  # fp32
         assert engine.memory_report().used == 0
+
+
+# ---- their own modules, our cache -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["two, in chunks", "manager", "prompt lookup"])
+def test_their_modules_give_their_tokens_in_the_engine(both: tuple[Any, Any], way: str) -> None:
+    theirs, _ = both
+    before = theirs.config._attn_implementation
+    with InferenceEngine(theirs, **WAYS[way]) as engine:
+        found = [list(one.tokens) for one in engine.generate(PROMPTS, max_new_tokens=NEW)]
+        assert engine.memory_report().weights == sum(p.numel() for p in theirs.parameters()) * 8
+    assert found == [their_tokens(theirs, prompt) for prompt in PROMPTS]
+    assert theirs.config._attn_implementation == before
+    assert not any("fms_rows" in vars(module) for module in theirs.modules())
+
+
+def test_ours_behind_their_words_is_ours_again(both: tuple[Any, Any]) -> None:
+    from fms_parallel.models.hf.api import to_hf_api
+
+    _, ours = both
+    assert InferenceEngine(to_hf_api(ours)).model is ours
+
+
+def other_model(name: str, sizes: dict[str, Any]) -> Any:
+    return getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**sizes, **TOKENS)
+    ).double()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "words"),
+    [
+        ("Gemma2", GATED | {"head_dim": 8}, "softcap"),
+        ("Bloom", {"vocab_size": 37, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "cannot be replaced"),
+        ("Mamba", {"vocab_size": 37, "hidden_size": 32, "num_hidden_layers": 2}, "linear_attention"),
+    ],
+)
+def test_models_whose_attention_is_another_are_refused(name: str, sizes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        InferenceEngine(other_model(name, sizes), max_seq_len=32)
+
+
+def test_a_model_that_mixes_tokens_elsewhere_is_refused() -> None:
+    theirs = other_model("Llama", GATED)
+    theirs.model.layers[0].mlp.register_forward_hook(lambda module, inputs, x: x + 0.1 * x.roll(1, 1))
+    with pytest.raises(ConfigError, match=r"mixes tokens elsewhere than in attention"):
+        InferenceEngine(theirs)
+    assert theirs.training  # as it was found
+
+
+def test_layouts_of_their_modules_are_refused_but_tp() -> None:
+    with pytest.raises(LayoutError, match="over tp only"):
+        spread(other_model("Llama", GATED), ParallelLayout(pp=2, microbatches=2))
