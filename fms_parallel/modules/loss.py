@@ -97,6 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _accumulate(d_w, gradient, x[piece])
             if gradient is not None and d_b is not None:
                 d_b += gradient.sum(0)
+            del logits, gradient  # before the next chunk is made, or two would be held
         if source is not None and d_x is not None:
             d_x = source.scattered(d_x)
         ctx.save_for_backward(d_x, d_w, d_b)

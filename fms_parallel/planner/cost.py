@@ -187,7 +187,10 @@ def _context(model: CostModel, columns: Columns, seconds: Seconds) -> tuple[Arra
     hidden = model.constants.overlap * seconds.core / np.maximum(columns.cp, 1)
     pieces = model.constants.ring * np.log2(columns.cp) * seconds.core
     forward = (columns.cp - 1) * np.maximum(step - hidden, 0.0) + pieces
-    backward = (columns.cp - 1) * np.maximum(2 * step - 2.5 * hidden, 0.0) + 2.5 * pieces
+    # Keys and values go around again, and their gradients behind them.
+    software = model.software
+    back = 1 + max(software.ring_gradient_bytes, software.working_bytes) / software.working_bytes
+    backward = (columns.cp - 1) * np.maximum(back * step - 2.5 * hidden, 0.0) + 2.5 * pieces
     return forward, backward
 
 
@@ -320,12 +323,14 @@ class Step:
     def hop(self) -> Array:
         """Seconds of handing micro-batches on: each waits once per direction, and the ramp passes every stage."""
         c, model = self.columns, self.model
-        size = tokens_of(c, model.workload.sequence) * model.shape.width * model.software.working_bytes / c.tp
+        whole = tokens_of(c, model.workload.sequence) * model.shape.width * model.software.working_bytes
+        apart = (c.sp == 1) | (not model.software.hop_whole)
+        size = whole / np.where(apart, c.tp, 1)
         inner = c.dp * c.fsdp * c.cp * c.tp
         once = model.collective("p2p", size, Group.of(c.pp, inner, model.device.per_node))
-        # Without sp each rank sends its part and the receivers gather it.
-        gather = model.collective("allgather", size * c.tp, Group.of(c.tp, 1, model.device.per_node))
-        once = once + np.where((c.sp == 0) & (c.pp > 1), gather, 0.0)
+        # Where each rank sends its part without sp, the receivers gather it.
+        gather = model.collective("allgather", whole, Group.of(c.tp, 1, model.device.per_node))
+        once = once + np.where((c.sp == 0) & apart & (c.pp > 1), gather, 0.0)
         steady = 0.0 if model.software.overlap_pp else c.count * c.virtual
         return np.where(c.pp > 1, 2 * once * (steady + c.pp - 1), 0.0)
 

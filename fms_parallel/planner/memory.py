@@ -56,6 +56,7 @@ def activation_bytes_per_token(shape: ModelShape, columns: Columns, sequence: in
     core = 4 * shape.heads / tp if software.fused_attention else scores
     masks = 2 * outside * software.dropout
     everything = w * (2 * outside + 2 * inputs + 2 * q + 2 * kv + (ups + 1) * ffn) + masks + core
+    everything = everything + software.ring_keeps * w * q * (columns.cp > 1)
     selective = {
         "core": everything - (scores if not software.fused_attention else 0.0),
         # Block input; results of qkv, attention, output projection, up and gate, down.
@@ -105,15 +106,32 @@ def of_stage(
     tokens = tokens_of(columns, sequence)
     kept = tokens * activation_bytes_per_token(shape, columns, sequence, software) * software.fragmentation
     again = _one_block_again(shape, columns, sequence, software) * tokens
-    # Logits, their fp32 copy, log-probabilities and the gradient are there at once.
-    logits = tokens * shape.vocab / columns.tp * (software.working_bytes + 3 * 4)
+    logits = np.where(head, _logits(shape, columns, tokens, software), 0.0)
     outside = tokens * shape.width * software.working_bytes
-    return Memory(
-        *States(shape, columns, software, experts).rank(blocks, embedding, head),
-        kept * blocks * held + again + outside,
-        np.where(head, logits, 0.0),
-        _reserve(columns, software),
-    )
+    states = States(shape, columns, software, experts)
+    parameters, gradients, optimizer, gathered = states.rank(blocks, embedding, head, held)
+    # Three moments: at the head, at the last block's backward pass, and at the first one's, when only its own
+    # activations are left and all gradients are there. Those of earlier micro-batches are there at all three.
+    earlier = gradients * ((columns.count > 1) | software.gradient_buffers)
+    everything = kept * blocks * held + outside
+    if software.logits_at_once:
+        moments = [(everything, logits, earlier), (everything + again, np.zeros_like(logits), earlier)]
+    else:  # logits and what their gradient needs outlast the head: published peaks have them beside a block's
+        moments = [(everything + again, logits, earlier)]
+    moments.append((kept * held + again, np.zeros_like(logits), gradients))
+    fullest = np.argmax([sum(moment) for moment in moments], axis=0)
+    activations, logits, gradients = (np.choose(fullest, [moment[i] for moment in moments]) for i in range(3))
+    return Memory(parameters, gradients, optimizer, gathered, activations, logits, _reserve(columns, software))
+
+
+def _logits(shape: ModelShape, columns: Columns, tokens: Array, software: Software) -> Array:
+    """All at once: logits, their fp32 copy, log-probabilities and the gradient. In chunks, one in fp32 besides."""
+    elements, w = tokens * shape.vocab / columns.tp, software.working_bytes
+    if not software.logits_at_once:
+        return elements * (w + 3 * 4)
+    chunk = np.minimum(elements, software.logits_at_once)
+    ends = 3 * tokens * shape.width * w + 4 * shape.vocab * shape.width / columns.tp
+    return chunk * (w if w >= 4 else 2 * w + 4) + ends
 
 
 def _held_by_last(columns: Columns, first: Array) -> Array:
@@ -133,7 +151,8 @@ def _one_block_again(shape: ModelShape, columns: Columns, sequence: int, softwar
     whole = activation_bytes_per_token(
         shape, columns.with_(recompute=np.zeros_like(columns.recompute)), sequence, software
     )
-    return gradients + np.where(columns.recompute == RECOMPUTE.index("none"), 0.0, whole)
+    kept = activation_bytes_per_token(shape, columns.with_(every=np.ones_like(columns.every)), sequence, software)
+    return gradients + whole - kept
 
 
 def _reserve(columns: Columns, software: Software) -> Array:
@@ -149,8 +168,8 @@ class States:
     software: Software
     experts: Experts | None
 
-    def rank(self, blocks: Array, embedding: Any, head: Any) -> tuple[Array, Array, Array, Array]:
-        """Bytes of the four kinds for a rank with so many blocks."""
+    def rank(self, blocks: Array, embedding: Any, head: Any, held: Any = 1.0) -> tuple[Array, Array, Array, Array]:
+        """Bytes of the four kinds for a rank with so many blocks and `held` micro-batches in flight."""
         c, s = self.columns, self.software
         tables = self.table() * (
             np.asarray(embedding, dtype=float) + np.asarray(head, dtype=float) * self.separate_head()
@@ -167,7 +186,7 @@ class States:
             whole * s.parameter_bytes / shards * kept,
             whole * gradients * kept,
             whole * s.optimizer_bytes / shards / over_dp * state,
-            self.gathered(whole),
+            self.gathered(whole, blocks * self.block() * (np.asarray(held, dtype=float) - 1)),
         )
 
     def shards(self) -> Array:
@@ -176,17 +195,23 @@ class States:
         over = (when == "always") | ((when == "with fsdp") & (c.fsdp > 1))
         return np.asarray(c.fsdp * np.where(over, c.cp, 1))
 
-    def gathered(self, whole: Array) -> Array:
+    def gathered(self, whole: Array, more: Array) -> Array:
         """Copies in the working precision: of two blocks with fsdp, of everything where states are wider without.
+
+        `more`: parameters of the blocks for each micro-batch in flight but one, of which software may keep copies.
 
         A pipeline gathers its stage once per step and keeps it, and gradients of all but the last micro-batch wait
         whole on their rank (both as torch's pipeline runtime does with FSDP2).
         """
         c, s = self.columns, self.software
-        wider = s.parameter_bytes > s.working_bytes
+        wider = np.asarray(s.parameter_bytes > s.working_bytes)
+        copied = wider | (s.replicas_copy & ((c.dp > 1) | (c.cp > 1)))
         two_blocks = 2 * self.block() * (s.working_bytes + s.reduce_bytes / 2) + 2 * self.table() * s.working_bytes
         kept = whole * s.working_bytes
-        return np.where(self.shards() > 1, np.where(c.pp > 1, kept, np.minimum(two_blocks, kept)), kept * wider)
+        flying = more * s.working_bytes * (wider & s.cast_again & (c.pp > 1))
+        return np.where(
+            self.shards() > 1, np.where(c.pp > 1, kept, np.minimum(two_blocks, kept)), kept * copied + flying
+        )
 
     def block(self) -> Array:
         """Parameters of one block on one rank, gathered: matrices over tp, norms whole."""

@@ -25,6 +25,8 @@ FILLS = tuple(code for name, code in CODE.items() if WORDS[name].fills)
 """Schedules that need as many micro-batches as stages."""
 SPLITS = tuple(code for name, code in CODE.items() if WORDS[name].splits_backward)
 """Schedules that find weight gradients in a pass of their own."""
+TURNS = tuple(code for name, code in CODE.items() if WORDS[name].shape == "v")
+"""Schedules with the first and the last stage on one rank."""
 
 
 def blocks_of_stages(layers: int, columns: Columns, head_blocks: Any) -> tuple[Array, Array, Array]:

@@ -37,6 +37,13 @@ class Software:
             checkpoints do. selective_talk: part of a forward pass's exchanges within tp that `selective` repeats.
         gather_again: with sp, the input of a column-parallel region is gathered a second time in the backward pass,
             while the gradient of that input is computed.
+        logits_at_once: elements of logits that the loss holds; 0: all, with log-probabilities and gradient.
+        gradient_buffers: gradients have memory of their own during the whole step, not only once they are made.
+        replicas_copy: over dp, and over cp without fsdp, there is a copy of the parameters to compute with. cast_again:
+            a pipeline without fsdp keeps one copy in the working precision for each micro-batch in flight.
+        ring_keeps: attention outputs that a block keeps besides with cp. ring_gradient_bytes: of one number of the
+            gradients that go around that ring with keys and values; 0: as many as of keys and values.
+        hop_whole: without sp, every rank of tp hands all activations on to the next stage, instead of a part.
     """
 
     name: str
@@ -58,6 +65,13 @@ class Software:
     shard_over_cp: str = "with fsdp"
     selective: str = "memory"
     gather_again: bool = False
+    logits_at_once: int = 0
+    gradient_buffers: bool = True
+    replicas_copy: bool = False
+    cast_again: bool = False
+    ring_keeps: float = 0.0
+    ring_gradient_bytes: float = 0.0
+    hop_whole: bool = False
     early_stop: bool = True
     selective_talk: float = 0.75
 

@@ -176,6 +176,10 @@ def rejections(columns: Columns, shape: ModelShape, sequence: int, space: Space)
         "selective keeps results for one backward pass, the schedule makes two": (c.pp > 1)
         & np.isin(c.schedule, schedule.SPLITS)
         & (c.recompute == RECOMPUTE.index("selective")),
+        "embedding and head are one tensor, on one rank by this schedule: without dp, fsdp and cp only": shape.tied
+        & (c.pp > 1)
+        & np.isin(c.schedule, schedule.TURNS)
+        & (c.dp * c.fsdp * c.cp > 1),
     }
     for pin in space.pins:
         rules[f"pin {pin}"] = ~_obeys(columns, pin)

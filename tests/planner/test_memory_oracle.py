@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +16,7 @@ from fms_parallel.models.build import get_shape
 from fms_parallel.planner import Cluster, Planner, Workload, cost, memory
 from fms_parallel.planner.catalog import Model
 from fms_parallel.planner.columns import Columns
+from fms_parallel.planner.hardware import GIB
 from fms_parallel.planner.software import load_software
 from fms_parallel.simulate import Simulation, simulate, stage_ranks
 
@@ -80,6 +82,22 @@ def test_what_a_block_keeps_is_within_two_hundredths(words: str) -> None:
     # The last block of the first rank: what is made for all blocks, such as rotary tables, is there by then.
     kept = list(one.kept_per_block.values())[-1]
     assert kept == pytest.approx(planned(words)[3], rel=0.02)
+
+
+PEAKS = ["", "tp=2", "tp=4,sp", "fsdp=2", "dp=2", "cp=2", "cp=2,fsdp=2", "recompute=full", "pp=2,microbatches=4"]
+PEAKS += ["precision=bf16", "tp=2,sp,precision=bf16"]
+
+
+@pytest.mark.parametrize("words", PEAKS)
+def test_the_fullest_moment_is_within_a_tenth(words: str) -> None:
+    layout = ParallelLayout.parse(words)
+    # Processors cut the loss into smaller pieces than GPUs do.
+    habits = replace(load_software("native").with_precision(layout.precision), reserve_gb=0, logits_at_once=1 << 23)
+    work = Workload(global_batch=B, sequence=S, precision=layout.precision)
+    planner = Planner(Model("small", get_shape("llama", **SIZE)), Cluster.parse("h100:2"), work, habits)
+    ranks = {stage_ranks(layout)[0], stage_ranks(layout)[-1]}
+    found = max(simulated(words, rank).peak for rank in ranks)
+    assert planner.estimate(layout).memory_gb * GIB == pytest.approx(found, rel=0.1)
 
 
 def planned_sizes(words: str, kind: str) -> set[float]:
