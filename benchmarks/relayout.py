@@ -53,7 +53,7 @@ def tensors_of(state: TrainingState) -> dict[str, Tensor]:
     return {**named_weights(state.model), **named_state(state.model, state.optimizer)[0]}
 
 
-def run(sizes: dict[str, Any], folder: str, repeats: int) -> list[dict[str, Any]]:
+def run(sizes: dict[str, Any], folder: str, repeats: int, round_mb: int, verify: bool) -> list[dict[str, Any]]:
     """One rank of the whole benchmark."""
     warnings.filterwarnings("ignore")
     options = TrainOptions(lr=1e-3)
@@ -67,7 +67,8 @@ def run(sizes: dict[str, Any], folder: str, repeats: int) -> list[dict[str, Any]
     model(ids, labels=ids).backward()
     state.optimizer.step()  # type: ignore[union-attr]
     model.zero_grad()
-    relayout = Relayout(build, lambda model: make_optimizer(model, options))
+    how: dict[str, Any] = {"round_bytes": round_mb << 20, "verify": verify}
+    relayout = Relayout(build, lambda model: make_optimizer(model, options), **how)
     found = []
     for _ in range(repeats):
         for layout in CHAIN:
@@ -114,13 +115,15 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--round_mb", type=int, default=64, help="memory of a round (default: %(default)s)")
+    parser.add_argument("--no_verify", action="store_true", help="what fingerprints cost: without them")
     parser.add_argument(
         "--folder", default="/dev/shm/fms_parallel_relayout", help="for the checkpoints of the comparison"
     )
     args = parser.parse_args()
     shape = {"heads": 8, "kv_heads": 8, "ffn_width": args.width * 8 // 3, "vocab_size": 8192, "max_positions": 64}
     sizes: dict[str, Any] = {"width": args.width, "layers": args.layers, **shape}
-    ranks = run_ranks(run, 4, sizes, args.folder, args.repeats, timeout=1800)
+    ranks = run_ranks(run, 4, sizes, args.folder, args.repeats, args.round_mb, not args.no_verify, timeout=1800)
     assert all(one["equal"] for rank in ranks for one in rank), "the two ways differ"
     with torch.device("meta"):
         count = sum(p.numel() for p in get_model("llama", "micro", fill=lambda model: None, **sizes).parameters())

@@ -1,6 +1,7 @@
-"""Flags of runs whose layout or whose ranks change: --relayout, --elastic.
+"""Flags of runs whose layout or whose ranks change: --relayout, --dynamic, --elastic.
 
     --relayout 100:tp=2,sp,200:fsdp=2      from step 100 on tp=2,sp; from 200 on fsdp=2
+    --dynamic                              another layout whenever measuring says that it pays
     --elastic --buddy_every 10             ranks may die; the others go on (start it with torchrun)
 
 It knows command lines; what happens is `fms_parallel.dynamic`'s.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ from fms_parallel.training.options import TrainOptions
 from scripts import common
 
 if TYPE_CHECKING:
+    from fms_parallel.distributed.start import Launch
+    from fms_parallel.dynamic.adaptive import AdaptiveLayout
     from fms_parallel.dynamic.membership import Membership
     from fms_parallel.dynamic.relayout import ModelFactory
     from fms_parallel.dynamic.schedule import LayoutSchedule
@@ -33,6 +37,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags."""
     group = parser.add_argument_group("changes while it runs")
     group.add_argument("--relayout", metavar="STEP:LAYOUT,...", help="layouts from steps on, as 100:tp=2,sp,200:fsdp=2")
+    group.add_argument("--dynamic", action="store_true", help="change the layout when that pays; layouts.jsonl, .png")
+    group.add_argument("--policy", choices=("thompson", "rules"), help="dynamic: what decides (default: thompson)")
     group.add_argument("--elastic", action="store_true", help="go on when ranks die or join (start it with torchrun)")
     group.add_argument("--buddy_every", type=int, help="elastic: copy shards to a neighbour every so many steps")
     group.add_argument("--replacements", type=int, default=0, help="elastic: ranks started anew on each place")
@@ -43,6 +49,11 @@ def check(args: argparse.Namespace) -> None:
     """Refuse flags that have no effect or do not go together."""
     if args.elastic and args.relayout:
         raise ConfigError("--elastic and --relayout: with members that change, layouts follow their number; drop one.")
+    for other in ("relayout", "elastic"):
+        if args.dynamic and getattr(args, other):
+            raise ConfigError(f"--dynamic and --{other} both say when the layout changes: drop one.")
+    if args.policy and not args.dynamic:
+        raise ConfigError("--policy belongs to --dynamic: add it, or drop --policy.")
     if args.elastic and args.sample_steps:
         raise ConfigError("--elastic writes no samples: drop --sample_steps.")
     if not args.elastic and (args.buddy_every is not None or args.replacements):
@@ -60,13 +71,53 @@ def read_schedule(args: argparse.Namespace, config: Any, layout: ParallelLayout)
     return layouts
 
 
-def switches(layouts: dict[int, str], factory: ModelFactory) -> LayoutSchedule | None:
-    """The schedule as `between_steps` of `train`."""
+def switches(
+    args: argparse.Namespace, layouts: dict[int, str], factory: ModelFactory, launch: Launch
+) -> LayoutSchedule | AdaptiveLayout | None:
+    """What changes the layout, as `between_steps` of `train`."""
+    if args.dynamic:
+        from fms_parallel.dynamic.adaptive import AdaptiveLayout
+        from scripts.automatic import read_cluster
+
+        described = args.gpus is not None or args.devices is not None
+        cluster = read_cluster(args, launch)[0] if described else None  # else it is measured
+        return AdaptiveLayout(factory, cluster, policy=args.policy or "thompson")
     if not layouts:
         return None
     from fms_parallel.dynamic.schedule import LayoutSchedule
 
     return LayoutSchedule(layouts, factory)
+
+
+def hearers(switches: Any, progress: Any) -> Callable[[dict[str, Any]], None]:
+    """`on_step` of `train`: who wants to know each step's numbers."""
+    wanted = [one for one in (getattr(switches, "on_step", None), progress) if one is not None]
+
+    def tell(numbers: dict[str, Any]) -> None:
+        for one in wanted:
+            one(numbers)
+
+    return tell
+
+
+def finish(switches: Any, options: TrainOptions, launch: Launch) -> None:
+    """Close what --dynamic wrote, and draw it."""
+    if not hasattr(switches, "end"):
+        return
+    from fms_parallel.dynamic.adaptive import HISTORY
+    from fms_parallel.dynamic.history import draw_history, read_history
+
+    switches.end()
+    if launch.rank != 0:
+        return
+    changes = switches.history.of("switch")
+    print(f"{len(changes)} changes of layout" + "".join(f"\n  step {e.step}: {e.more['after']}" for e in changes))
+    if options.output_path is not None:
+        events = Path(options.output_path) / HISTORY
+        try:
+            print(f"layouts: {draw_history(read_history(events), events.with_suffix('.png'))}")
+        except ConfigError as error:
+            print(f"no picture of the layouts: {error}")
 
 
 def model_factory(args: argparse.Namespace, options: TrainOptions, overrides: dict[str, Any]) -> ModelFactory:

@@ -86,15 +86,17 @@ def train_with(
         if launch.rank == 0:
             common.write_run(args, options, layout, model, **planned)
             progress = common.Progress(options, layout, model, args, launch)
+        switches = changing.switches(args, layouts, changing.model_factory(args, options, overrides), launch)
         outcome = train(
             model,
             training,
             validation=validation,
             options=options,
-            on_step=progress,
+            on_step=changing.hearers(switches, progress),
             sample=sampler(tokenizer, args) if options.sample_steps else None,
-            between_steps=changing.switches(layouts, changing.model_factory(args, options, overrides)),
+            between_steps=switches,
         )
+        changing.finish(switches, options, launch)
         if launch.rank == 0:
             common.finish(options, outcome)
     return outcome.interrupted.exit_code if outcome.interrupted else 0

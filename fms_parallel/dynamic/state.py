@@ -133,7 +133,7 @@ class Applied:
     """Which gradients an optimizer's last step has used up: called after each step."""
 
     def __init__(self) -> None:
-        self._marks: set[tuple[int, int]] = set()
+        self._marks: set[tuple[int, ...]] = set()
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         gradients = (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
@@ -144,9 +144,11 @@ class Applied:
         return any(p.grad is not None and _mark(p.grad) not in self._marks for p in model.parameters())
 
 
-def _mark(gradient: Tensor) -> tuple[int, int]:
+def _mark(gradient: Tensor) -> tuple[int, ...]:
+    """Where it is and how often it was added to: autograd adds to a DTensor, FSDP to the tensor inside one."""
     local = local_tensor(gradient)
-    return compat.storage_number(local), local._version
+    inside = getattr(gradient, "_local_tensor", local)
+    return compat.storage_number(local), int(local.storage_offset()), int(inside._version), gradient._version
 
 
 @dataclass

@@ -81,6 +81,8 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["--steps", "3", "--epochs", "2"], ["steps=3", "epochs=2"]),
     (["--lr", "-1"], ["lr=-1.0", "> 0"]),
     (["--resume", "auto"], ["resume=auto", "output_path"]),
+    (["--dynamic", "--relayout", "2:tp=2"], ["--dynamic", "--relayout", "drop one"]),
+    (["--policy", "rules"], ["--policy belongs to --dynamic"]),
 ]
 
 
