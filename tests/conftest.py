@@ -52,7 +52,8 @@ def server_of_ranks(request: pytest.FixtureRequest) -> None:
         ours = [name for name in sorted(sys.modules) if name.startswith("fms_parallel.")]
         models = [f"transformers.models.{name}.modeling_{name}" for name in FAMILIES]
         # What cannot be imported is passed over: a test that needs it says so itself.
-        multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, "pytest", "hypothesis", *ours, *models])
+        names = [*PRELOAD, "pytest", "hypothesis", *ours, *models]
+        multiprocessing.get_context("forkserver").set_forkserver_preload(names)
         multiprocessing.forkserver.ensure_running()
 
 

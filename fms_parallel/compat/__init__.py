@@ -93,6 +93,7 @@ __all__ = [
     "schedule_of_cells",
     "set_fsdp_collectives",
     "set_group_timeout",
+    "start_all_gather_single",
     "storage_number",
     "storage_resizes",
     "trace_operations",

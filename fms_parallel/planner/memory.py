@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fms_parallel.planner import schedule
-from fms_parallel.planner.columns import OFFLOADS, RECOMPUTE, Columns
+from fms_parallel.planner.columns import OFFLOADS, Columns
 from fms_parallel.planner.experts import Experts
 from fms_parallel.planner.hardware import GIB
 from fms_parallel.planner.operators import tokens_of
