@@ -26,11 +26,14 @@ def mine() -> torch.Tensor:
 def collective_results() -> dict[str, Any]:
     """Function -> what it gave on this rank."""
     group, gathered, scattered = dist.group.WORLD, torch.empty(8, 3), torch.empty(2, 3)
+    begun, sent = torch.empty(8, 3), mine()
     assert group is not None
     compat.all_gather_single(gathered, mine(), group)
+    compat.start_all_gather_single(begun, sent, group)()
     compat.reduce_scatter_single(scattered, mine(), group)
     results = {
         "all_gather_single": gathered,
+        "start_all_gather_single": begun,
         "reduce_scatter_single": scattered,
         "functional_all_reduce": compat.functional_all_reduce(mine(), group),
         "functional_all_gather": compat.functional_all_gather(mine(), group),
@@ -125,7 +128,7 @@ BOTH = torch.cat([BASE, BASE + 100])
 SUM = 2 * BASE + 100
 
 
-@pytest.mark.parametrize("name", ["all_gather_single", "functional_all_gather"])
+@pytest.mark.parametrize("name", ["all_gather_single", "start_all_gather_single", "functional_all_gather"])
 def test_gather_concatenates_along_dim_0(name: str, results: list[dict[str, Any]]) -> None:
     assert all(torch.equal(result[name], BOTH) for result in results)
 
@@ -287,7 +290,13 @@ def test_every_function_is_tested() -> None:
         name for name, f in inspect.getmembers(compat, inspect.isfunction) if f.__module__.startswith(compat.__name__)
     }
     assert functions == {
-        *("all_gather_single", "reduce_scatter_single", "local_shape_and_offset", "replicate"),
+        *(
+            "all_gather_single",
+            "start_all_gather_single",
+            "reduce_scatter_single",
+            "local_shape_and_offset",
+            "replicate",
+        ),
         *("set_fsdp_collectives", "assert_on_device", "forget_meshes"),
         *("functional_all_reduce", "functional_all_gather", "functional_reduce_scatter"),
         *("dtensor_like", "schedule_of_cells", "schedule_cells", "forwards_only", "compile_within"),
