@@ -27,7 +27,7 @@ FAMILIES += ("t5", "vit", "whisper")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
     parser.addoption(
-        "--drawn", type=int, default=24, help="layouts that test_drawn_layouts.py draws (default: %(default)s)"
+        "--drawn", type=int, default=12, help="layouts that test_drawn_layouts.py draws (default: %(default)s)"
     )
     parser.addoption(
         "--capture-signatures", action="store_true", help="write the models' signatures anew instead of comparing"
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     for item in items:
         if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="slow (it compiles); `pytest --slow` runs it"))
+            item.add_marker(pytest.mark.skip(reason="slow; `pytest --slow` runs it"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -140,7 +140,7 @@ class _Recorder:
             return found
         self.escaped = True
         if key not in self.returned:
-            name = self.calls[next(i.block for i in found if isinstance(i, _Inside))].name
+            name = self.calls[min(item.block for item in found if isinstance(item, _Inside))].name
             raise LayoutError(
                 f"a tensor from inside block {name} is used outside of it, and no module returned it: pp cannot carry "
                 "it to another stage. Let the block return it, or a module inside the block."

@@ -1,7 +1,9 @@
-"""A model that hides nothing, compared in a layout with one process: for every architecture."""
+"""A model that hides nothing, compared in a layout with one process: for every architecture, many cases in one job."""
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from fms_parallel.distributed.boxes import local_box, local_tensor
 from fms_parallel.distributed.launch import run_ranks
+from fms_parallel.errors import RankFailed
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.models import get_model
 from fms_parallel.verify import TOLERANCE, Report, verify
@@ -52,15 +55,73 @@ def ranks_of(layout: str) -> int:
     return ParallelLayout.parse(layout).world_size
 
 
-def compare(architecture: str, layout: str, config: dict[str, Any], dtype: str, pieces: int) -> Report:
+Case = tuple[str, str, dict[str, Any]]
+"""Architecture, layout, fields of its config."""
+
+
+def compare(architecture: str, layout: str, config: dict[str, Any]) -> Report:
     """One rank of one case. Odd on purpose: 13 tokens divide by nothing."""
     with poisoned_memory():
         parsed, factory = ParallelLayout.parse(layout), partial(shaken_model, architecture)
-        return verify(factory, parsed, dtype=dtype, seq_len=13, grad_accum_steps=pieces, **config)
+        pieces = 2 if parsed.world_size == 2 else 1
+        return verify(factory, parsed, dtype="fp64", seq_len=13, grad_accum_steps=pieces, **config)
 
 
-def check(architecture: str, layout: str, config: dict[str, Any], dtype: str = "fp64") -> None:
+class Together:
+    """Runs all cases of equally many ranks in one job, when the first of them is asked for.
+
+    Starting ranks and warming them up costs more than most cases. What a case raises is its own failure; ranks that
+    die or hang fail all cases of their job.
+
+    Args:
+        function: runs on every rank with a case as its arguments; importable by name. ranks: how many a case needs.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], cases: Sequence[tuple[Any, ...]], ranks: Callable[..., int]
+    ) -> None:
+        self.function, self.cases = function, list(cases)
+        self.ranks = [ranks(*case) for case in cases]
+        self.found: dict[int, list[list[Any]] | Exception] = {}
+
+    def __call__(self, *case: Any) -> list[Any]:
+        """What the function gave for a case, in rank order."""
+        index = self.cases.index(case)
+        world = self.ranks[index]
+        alike = [other for other, ranks in enumerate(self.ranks) if ranks == world]
+        if world not in self.found:
+            self.found[world] = self._run(world, [self.cases[other] for other in alike])
+        found = self.found[world]
+        if isinstance(found, Exception):
+            raise found
+        results = [of_rank[alike.index(index)] for of_rank in found]
+        assert not any(isinstance(result, str) for result in results), results
+        return results
+
+    def _run(self, world: int, cases: list[tuple[Any, ...]]) -> list[list[Any]] | Exception:
+        try:
+            return run_ranks(each_of, world, self.function, cases, timeout=120.0 + 15.0 * len(cases))
+        except RankFailed as error:
+            return error
+
+
+def each_of(function: Callable[..., Any], cases: list[tuple[Any, ...]]) -> list[Any]:
+    """One rank: what each case gave, or a text that says how it failed."""
+    found: list[Any] = []
+    for case in cases:
+        torch.manual_seed(0)
+        try:
+            found.append(function(*case))
+        except Exception:
+            found.append(traceback.format_exc())
+    return found
+
+
+def together(cases: Sequence[Case]) -> Together:
+    """`compare` for every case."""
+    return Together(compare, cases, lambda architecture, layout, config: ranks_of(layout))
+
+
+def check(reports: list[Report], dtype: str = "fp64") -> None:
     """Every rank finds the loss, gradients and updated weights of one process."""
-    pieces = 2 if ranks_of(layout) == 2 else 1
-    reports = run_ranks(compare, ranks_of(layout), architecture, layout, config, dtype, pieces)
     assert all(report.worst <= TOLERANCE[dtype] for report in reports), reports[0]

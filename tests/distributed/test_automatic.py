@@ -56,18 +56,19 @@ def eight_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("eight_ranks")
-def test_an_encoder_is_never_given_a_pipeline_or_context_parallelism() -> None:
-    """RoBERTa's batch of one row leaves nothing to replicate: a decoder takes cp or pp, an encoder must take tp."""
+def test_an_encoder_is_planned_for_like_a_decoder() -> None:
+    """A batch of two rows leaves little to replicate: the rest of eight ranks is cp, pp or tp."""
     words = ("--batch_size", "2", "--gpus", "h100:8", "--seq_len", "64")
     _, layout, planned = settle(train_masked, *words)
-    assert (layout.pp, layout.cp, layout.world_size) == (1, 1, 8)
+    assert layout.world_size == 8 and layout.data_parallel <= 2
     assert planned["planned"]["cluster"] == "h100:8"
     refuse = automatic.runnable(
         train_masked.build_parser().parse_args(["--architecture", "roberta"]), get_config("roberta")
     )
-    for word in ("pp=2,microbatches=2", "cp=2"):
-        with pytest.raises(LayoutError):
-            refuse(ParallelLayout.parse(word))
+    for word in ("pp=2,microbatches=2", "cp=2", "tp=2,sp"):
+        refuse(ParallelLayout.parse(word))
+    with pytest.raises(LayoutError, match="heads"):
+        refuse(ParallelLayout.parse("tp=7"))
 
 
 @pytest.mark.usefixtures("eight_ranks")

@@ -25,7 +25,7 @@ from fms_parallel.strategy.base import parallel_of
 from fms_parallel.training import evaluate, train
 from fms_parallel.training.step import backward, logits_loss
 from fms_parallel.verify import TOLERANCE, Report, verify
-from tests.distributed.comparison import shaken_model
+from tests.distributed.comparison import Together, check, shaken_model
 from tests.distributed.test_layouts import BIASED, ONE_KV, TINY, ranks_of, shaken_llama
 from tests.distributed.test_training import DROPPING, EXACT
 from tests.poison import poisoned_memory
@@ -73,10 +73,16 @@ def compare(layout: str, config: dict[str, Any], dtype: str, pieces: int) -> Rep
         return verify(shaken_llama, parsed, **numbers, **(TINY | config))
 
 
+COMPARED = Together(
+    compare,
+    [(layout, config, "fp64", 2 if ranks_of(layout) == 2 else 1) for layout, config in CASES],
+    lambda layout, *more: ranks_of(layout),
+)
+
+
 @pytest.mark.parametrize(("layout", "config"), CASES, ids=[f"{layout}-{'-'.join(config)}" for layout, config in CASES])
 def test_fp64_matches_one_process(layout: str, config: dict[str, Any]) -> None:
-    reports = run_ranks(compare, ranks_of(layout), layout, config, "fp64", 2 if ranks_of(layout) == 2 else 1)
-    assert all(report.worst <= TOLERANCE["fp64"] for report in reports), reports[0]
+    check(COMPARED(layout, config, "fp64", 2 if ranks_of(layout) == 2 else 1))
 
 
 def test_fp32_matches_one_process() -> None:
@@ -102,10 +108,12 @@ def compare_family(layout: str, family: str, config: dict[str, Any]) -> Report:
         return verify(factory, parsed, dtype="fp64", seq_len=13, **(tiny | config))
 
 
+FAMILIES_COMPARED = Together(compare_family, FAMILIES, lambda layout, *more: ranks_of(layout))
+
+
 @pytest.mark.parametrize(("layout", "family", "config"), FAMILIES, ids=[f"{case[0]}-{case[1]}" for case in FAMILIES])
 def test_every_family_matches_one_process(layout: str, family: str, config: dict[str, Any]) -> None:
-    reports = run_ranks(compare_family, ranks_of(layout), layout, family, config)
-    assert all(report.worst <= TOLERANCE["fp64"] for report in reports), reports[0]
+    check(FAMILIES_COMPARED(layout, family, config))
 
 
 # ---- attention alone: what a causal model without a mask does not use -------------------------------------------

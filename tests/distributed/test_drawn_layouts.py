@@ -29,7 +29,7 @@ from fms_parallel.verify import TOLERANCE, verify
 from tests.distributed.comparison import shaken_model
 from tests.poison import poisoned_memory
 
-JOB = 6
+JOB = 4
 """Cases of one job: starting ranks costs as much as two of them."""
 
 DRAWN = settings(

@@ -10,7 +10,7 @@ import pytest
 from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.inference import generate
 from fms_parallel.models import get_model, save_hf
-from tests.distributed.comparison import check, ranks_of
+from tests.distributed.comparison import check, ranks_of, together
 
 # Odd on purpose: 97 ids and 63 features divide by nothing.
 TINY: dict[str, Any] = {
@@ -26,11 +26,12 @@ LAYOUTS = ["tp=2", "tp=2,sp", "tp=4,sp,recompute=full", "fsdp=2", "fsdp=2,tp=2,s
 CASES = [(layout, name, config) for name, configs in FAMILIES.items() for config in configs for layout in LAYOUTS]
 CASES += [(f"cp=2,cp_method={method}", "mistral", {"window": 5}) for method in ("allgather", "ulysses")]
 IDS = [f"{layout}-{name}-{'-'.join(config)}" for layout, name, config in CASES]
+COMPARED = together([(name, layout, {**TINY, **config}) for layout, name, config in CASES])
 
 
 @pytest.mark.parametrize(("layout", "family", "config"), CASES, ids=IDS)
 def test_fp64_matches_one_process(layout: str, family: str, config: dict[str, Any]) -> None:
-    check(family, layout, {**TINY, **config})
+    check(COMPARED(family, layout, {**TINY, **config}))
 
 
 PROMPTS = [[3, 5, 1, 7, 8, 2, 9], [11, 4], [6]]

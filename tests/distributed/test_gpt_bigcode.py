@@ -10,7 +10,7 @@ import pytest
 from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.inference import generate
 from fms_parallel.models import get_model, save_hf
-from tests.distributed.comparison import check, ranks_of
+from tests.distributed.comparison import check, ranks_of, together
 
 # Odd on purpose: 97 ids and 63 features divide by nothing.
 TINY: dict[str, Any] = {"vocab_size": 97, "width": 32, "layers": 2, "heads": 4, "ffn_width": 63, "max_positions": 64}
@@ -43,11 +43,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("cp=2,cp_method=ulysses", MHA),
     ("cp=2,tp=2,sp", {}),
 ]
+COMPARED = together([("gpt_bigcode", layout, TINY | config) for layout, config in CASES])
 
 
 @pytest.mark.parametrize(("layout", "config"), CASES, ids=[f"{layout}-{'-'.join(config)}" for layout, config in CASES])
 def test_fp64_matches_one_process(layout: str, config: dict[str, Any]) -> None:
-    check("gpt_bigcode", layout, TINY | config)
+    check(COMPARED("gpt_bigcode", layout, TINY | config))
 
 
 def tokens(layout: str, folder: str) -> tuple[list[list[int]], bool]:

@@ -13,6 +13,7 @@ from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.models import get_model
 from fms_parallel.verify import TOLERANCE, Report, verify
+from tests.distributed.comparison import Together, check
 from tests.poison import poisoned_memory
 
 # Odd on purpose: 13 tokens, 97 ids and 63 features divide by nothing.
@@ -75,10 +76,16 @@ def ranks_of(layout: str) -> int:
     return ParallelLayout.parse(layout).world_size
 
 
+COMPARED = Together(
+    compare,
+    [(layout, config, "fp64", 2 if ranks_of(layout) == 2 else 1) for layout, config in CASES],
+    lambda layout, *more: ranks_of(layout),
+)
+
+
 @pytest.mark.parametrize(("layout", "config"), CASES, ids=[f"{layout}-{'-'.join(config)}" for layout, config in CASES])
 def test_fp64_matches_one_process(layout: str, config: dict[str, Any]) -> None:
-    reports = run_ranks(compare, ranks_of(layout), layout, config, "fp64", 2 if ranks_of(layout) == 2 else 1)
-    assert all(report.worst <= TOLERANCE["fp64"] for report in reports), reports[0]
+    check(COMPARED(layout, config, "fp64", 2 if ranks_of(layout) == 2 else 1))
 
 
 @pytest.mark.parametrize("layout", ["tp=2,sp", "fsdp=2", "fsdp=2,tp=2,sp", "dp=2,fsdp=2,tp=2,sp"])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.models import get_model, save_hf
-from tests.distributed.comparison import check, ranks_of
+from tests.distributed.comparison import check, ranks_of, together
 
 # Odd on purpose: 97 ids and 63 features divide by nothing. Random tokens are padding (1) now and then.
 TINY: dict[str, Any] = {
@@ -52,13 +52,14 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("roberta_question_answering", "dp=2", DROPS),
     ("roberta_question_answering", "fsdp=2,tp=2,sp", DROPS),
 ]
+COMPARED = together([(architecture, layout, TINY | config) for architecture, layout, config in CASES])
 
 
 @pytest.mark.parametrize(
     ("architecture", "layout", "config"), CASES, ids=[f"{name}-{layout}-{'-'.join(c)}" for name, layout, c in CASES]
 )
 def test_fp64_matches_one_process(architecture: str, layout: str, config: dict[str, Any]) -> None:
-    check(architecture, layout, TINY | config)
+    check(COMPARED(architecture, layout, TINY | config))
 
 
 def outputs(layout: str, folder: str, ids: Tensor) -> tuple[Tensor, bool]:
