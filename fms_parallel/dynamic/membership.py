@@ -219,13 +219,12 @@ class Membership:
 
 
 def report_dead(store: dist.Store, uid: str, reason: str) -> None:
-    """Say that a member is dead, as its supervisor does when its process ends."""
-    store = dist.PrefixStore(PREFIX, store)
-    store.set(f"dead/{uid}", reason)
-    if store.check(["latest"]):
-        store.set(f"lost/{int(store.get('latest'))}", "1")
-    else:
-        store.set("lost/0", "1")
+    """Say that a member is dead, as its supervisor does when its process ends.
+
+    The members of its generation look for this word themselves. A generation is not called lost here: by now the
+    survivors may be in the next one, which this member is not in, and would leave it for nothing.
+    """
+    dist.PrefixStore(PREFIX, store).set(f"dead/{uid}", reason)
 
 
 class Watch(threading.Thread):
