@@ -84,7 +84,7 @@ PEERS = ("transformers", "ibm-fms")
 # ---- contestants ------------------------------------------------------------------------------------------------
 
 
-def ours(size: Size, folder: str, dtype: str, rows: int) -> Contestant:
+def ours(size: Size, folder: str, dtype: str, rows: int, compiled: bool = False) -> Contestant:
     """This library, its weights laid out for so many rows."""
     from fms_parallel.inference import generate
     from fms_parallel.inference.weights import prepare_for_decode
@@ -92,7 +92,7 @@ def ours(size: Size, folder: str, dtype: str, rows: int) -> Contestant:
 
     options = {"data_type": DTYPES[dtype][0], "linear_type": "int8" if dtype == "int8" else None}
     model = get_model("hf_pretrained", None, folder, "hf", **options)  # type: ignore[arg-type]
-    prepare_for_decode(model, rows)
+    prepare_for_decode(model, rows, compiled)
     return Contestant(model, lambda prompts, new: generate(model, prompts, max_new_tokens=new))
 
 
@@ -138,7 +138,7 @@ def ibm_fms(size: Size, folder: str, dtype: str, rows: int) -> Contestant:
     return Contestant(model, generate)
 
 
-CONTESTANTS = {"ours": ours, "transformers": transformers, "ibm-fms": ibm_fms}
+CONTESTANTS: dict[str, Callable[..., Contestant]] = {"ours": ours, "transformers": transformers, "ibm-fms": ibm_fms}
 
 
 @contextmanager
@@ -216,7 +216,8 @@ def measure(size: Size, folder: str, dtype: str, rows: int, args: argparse.Names
     found: dict[str, Any] = {}
     for name in ("ours", *args.peer):
         try:
-            ready[name] = CONTESTANTS[name](size, folder, dtype, rows)
+            own = {"compiled": args.compiled} if name == "ours" else {}
+            ready[name] = CONTESTANTS[name](size, folder, dtype, rows, **own)
         except ImportError as error:
             found[name] = f"not installed ({error})"
     tokens = {name: contestant.generate(prompts, args.new_tokens) for name, contestant in ready.items()}
@@ -308,6 +309,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--peer", action="append", choices=PEERS, help="beside whom (default: all)")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument("--compiled", action="store_true", help="ours: kernels compiled for the shapes as well")
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace, rank: int) -> dict[str, list[tuple[float, 
     size = KNOWN[args.size]
     sizes = {name: getattr(size, name) for name in ("width", "layers", "heads", "ffn_width", "vocab_size")}
     options: dict[str, Any] = {"max_batch_size": max(args.requests), "max_seq_len": 512, "share_prefixes": False}
-    options["fast_weights"] = not args.stored
+    options["fast_weights"] = "compiled" if args.compiled else not args.stored
     model = get_model("llama", "7b", distributed_strategy=args.layout, tied=True, kv_heads=None, **sizes)
     engine = InferenceEngine(model, local_sockets=False if args.no_sockets else None, **options)
     whole: Any = None
@@ -125,6 +125,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 4], help="at a time (default: 1 4)")
     parser.add_argument("--alone", action="store_true", help="the first rank also by itself, with the whole model")
     parser.add_argument("--apart", action="store_true", help="all ranks also by themselves, at the same time")
+    parser.add_argument("--compiled", action="store_true", help="kernels compiled for the weights' shapes as well")
     parser.add_argument("--stored", action="store_true", help="weights as they are stored, not laid out for decoding")
     parser.add_argument("--no-sockets", action="store_true", help="ranks of tp talk over gloo alone")
     parser.add_argument("--prompt", type=int, default=16, help="tokens (default: %(default)s)")

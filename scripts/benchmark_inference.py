@@ -47,7 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--default_dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="of the parameters")
     model.add_argument("--distributed", help='the layout, such as "tp=2"; without it one process')
     model.add_argument(
-        "--fast_weights", action="store_true", help="lay matrices out for decoding first (one more copy of them)"
+        "--fast_weights",
+        nargs="?",
+        const="copies",
+        choices=("copies", "compiled"),
+        help="lay matrices out for decoding first (one more copy of them), or compile kernels for their shapes as well",
     )
     model.add_argument("--timeout", type=float, default=600.0, help="seconds until a silent rank is given up")
     work = parser.add_argument_group("work")
@@ -152,7 +156,7 @@ def make_engine(args: argparse.Namespace, model: nn.Module, **options: Any) -> I
 
     longest = args.seq_len + args.max_new_tokens
     steps = max(512, args.batch_size + 1)
-    options["fast_weights"] = args.fast_weights
+    options["fast_weights"] = args.fast_weights or False
     options = {"max_seq_len": longest, "max_batch_size": args.batch_size, "max_step_tokens": steps} | options
     return InferenceEngine(model, **options)
 

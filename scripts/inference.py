@@ -44,7 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--distributed", help='the layout, such as "tp=2"; without it one process')
     model.add_argument("--device_type", default="cpu", choices=("cpu", "cuda"))
     model.add_argument(
-        "--fast_weights", action="store_true", help="lay matrices out for decoding first (one more copy of them)"
+        "--fast_weights",
+        nargs="?",
+        const="copies",
+        choices=("copies", "compiled"),
+        help="lay matrices out for decoding first (one more copy of them), or compile kernels for their shapes as well",
     )
     model.add_argument("--timeout", type=float, default=600.0, help="seconds until a silent rank is given up")
     text = parser.add_argument_group("text")
@@ -121,7 +125,11 @@ def generate_with(args: argparse.Namespace, layout: ParallelLayout, overrides: d
             **overrides,
         )
         words |= {"seed": args.seed, "use_cache": args.use_cache}
-        with prepare_for_decode(model, len(args.prompt)) if args.fast_weights else nullcontext():
+        with (
+            prepare_for_decode(model, len(args.prompt), args.fast_weights == "compiled")
+            if args.fast_weights
+            else nullcontext()
+        ):
             texts = generate_text(model, tokenizer, args.prompt, **words)
         if launch.rank == 0:
             for prompt, text in zip(args.prompt, texts, strict=True):

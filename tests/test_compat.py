@@ -307,6 +307,7 @@ def test_every_function_is_tested() -> None:
         *("flatten_mesh", "join_meshes", "has_attention_sums", "attention_sums", "attention_sums_backward"),
         *("trace_operations", "traced_so_far"),
         *("has_prepacked_linear", "prepack_linear", "prepacked_linear", "has_int8_linear", "int8_linear"),
+        *("has_compiler", "compile_function"),
     }
 
 
@@ -360,6 +361,22 @@ def test_int8_linear_is_the_product_of_the_dequantised_matrix() -> None:
     assert not compat.has_int8_linear(x[:, :24], values[:, :24])
     want = nn.functional.linear(x.float(), values.float() * scale.float().unsqueeze(1))
     torch.testing.assert_close(compat.int8_linear(x, values, scale).float(), want, rtol=2**-7, atol=2e-2)
+
+
+def test_a_compiled_function_is_the_function() -> None:
+    if not compat.has_compiler():
+        pytest.skip("no C++ compiler on this machine")
+    x, weight = torch.randn(3), nn.Parameter(torch.randn(4, 3))
+    compiled = compat.compile_function(lambda x, weight: (weight * x).sum(-1), (x, weight.detach()))
+    torch.testing.assert_close(compiled(x, weight.detach()), weight.detach() @ x)
+    with torch.no_grad():
+        weight.mul_(2)  # read at every call
+    torch.testing.assert_close(compiled(x, weight.detach()), weight.detach() @ x)
+
+
+def test_a_compiler_that_is_not_there_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
+    assert not compat.has_compiler()
 
 
 # ---- simulation -------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,3 +78,29 @@ def has_int8_linear(x: Tensor, values: Tensor) -> bool:
 def int8_linear(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     """`x [T, E]` times `scale[:, None] * values [N, E]` -> `[T, N]`."""
     return torch._weight_int8pack_mm(x.contiguous(), values.contiguous(), scale)
+
+
+def has_compiler() -> bool:
+    """Whether torch finds a C++ compiler for the kernels that it writes."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True
+
+
+def compile_function(function: Callable[..., Tensor], examples: Sequence[Tensor]) -> Callable[..., Tensor]:
+    """A function of tensors, compiled for the shapes of these, without what `torch.compile` checks at every call.
+
+    Nothing is recorded for gradients. Tensors of other shapes, dtypes or devices must not be given to it.
+    """
+    from torch._inductor import compile as compile_graph
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.no_grad():
+        graph = make_fx(function)(*examples)
+        compiled: Any = compile_graph(graph, list(examples))
+    return compiled  # type: ignore[no-any-return]

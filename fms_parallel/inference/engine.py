@@ -64,7 +64,8 @@ class InferenceEngine(ByHand):
         max_step_tokens: of all rows in one step: the largest chunk of a prompt.
         groups: with pp, steps under way at a time, each with its share of the rows (None: as many as stages).
         fast_weights: lay matrices out for decoding until `close`, as fast as this machine reads them: up to one more
-            copy of them (`memory_report`), and seconds to find out. Weights must not change meanwhile.
+            copy of them (`memory_report`), and seconds to find out; "compiled": also by kernels for their very shapes,
+            see `prepare_for_decode`. Weights must not change meanwhile.
         local_sockets: ranks of tp that compute on one host's CPU talk through its sockets, if a self-test finds that
             right and faster (None); False: never; True: it is an error where there is no such tp.
         speculative: propose tokens: a `PromptLookup` or a `DraftModel`.
@@ -91,7 +92,7 @@ class InferenceEngine(ByHand):
         serving_mode: bool = True,
         max_step_tokens: int = 512,
         groups: int | None = None,
-        fast_weights: bool = False,
+        fast_weights: bool | str = False,
         local_sockets: bool | None = None,
         speculative: PromptLookup | DraftModel | None = None,
         static_batches: bool = False,
@@ -129,7 +130,7 @@ class InferenceEngine(ByHand):
         self._handles: dict[int, Handle] = {}  # of requests that the next step will hear of
         self._driver: threading.Thread | None = None
         self._closed, self._mode = False, EvalMode(self.model)
-        self._fast = prepared(self.model, self.setup.rows, self.runner.groups) if fast_weights else None
+        self._fast = prepared(self.model, self.setup.rows, self.runner.groups, fast_weights)
         self._totals: Counter[str] = Counter()
 
     # ---- requests --------------------------------------------------------------------------------------------------

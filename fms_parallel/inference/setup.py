@@ -215,9 +215,19 @@ def make_runner(model: nn.Module, vocab: int, ranks: SameOnAllRanks) -> Runner:
     return StagedRunner(model, vocab, ranks) if isinstance(ranks, StagedRanks) else ModelRunner(model, vocab, ranks)
 
 
-def prepared(model: nn.Module, rows: int, groups: int) -> Prepared:
-    """The model with its matrices laid out for the rows of one step."""
-    return prepare_for_decode(model, -(-rows // groups))
+FAST_WEIGHTS = ("copies", "compiled")
+"""Words: matrices in other layouts; and kernels compiled for their shapes as well."""
+
+
+def prepared(model: nn.Module, rows: int, groups: int, fast_weights: bool | str) -> Prepared | None:
+    """The model with its matrices laid out for the rows of one step; None: as they lie.
+
+    Raises:
+        ConfigError: an unknown word, or what `prepare_for_decode` refuses.
+    """
+    if fast_weights not in (True, False, *FAST_WEIGHTS):
+        raise ConfigError(f"fast_weights={fast_weights!r}: one of {', '.join(FAST_WEIGHTS)}, True (copies) or False.")
+    return prepare_for_decode(model, -(-rows // groups), fast_weights == "compiled") if fast_weights else None
 
 
 def make_proposer(

@@ -1,14 +1,9 @@
-"""`prepare_for_decode`: lay a model's matrices out for the few rows of a decoding step, and put them back.
+"""`prepare_for_decode`: the fastest kernel for the few rows of a decoding step, for every matrix; and put them back.
 
-A decoding step reads every weight once and computes little, so what counts is how fast a kernel reads. Which layout it
-reads fastest depends on the machine, the dtype, the shape and the number of threads; so nothing is assumed: each is
-timed on the model's own matrices, and the fastest is kept as a copy beside the parameter.
-
-    stored        as the parameter lies: [N, E], one product for each matrix
-    joined        a group (query, key, value) as one stored matrix
-    transposed    joined, as [E, N]
-    prepacked     joined, in oneDNN's own blocks
-    split         transposed in one part for each thread
+A decoding step reads every weight once and computes little, so what counts is how fast a kernel reads. Which does it
+fastest depends on the machine, the dtype, the shape and the number of threads; so nothing is assumed: each layout of
+`inference/kernels.py` is timed on the model's own matrices, and the fastest is kept, as a copy beside the parameter
+where it needs one.
 
 Parameters, names and `state_dict` stay what they are. It knows modules that multiply (`modules/linear.py`); it knows no
 model and talks to no rank.
@@ -27,23 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from fms_parallel import compat
 from fms_parallel.distributed.boxes import local_tensor
 from fms_parallel.errors import ConfigError
+from fms_parallel.inference.compiled import Compiled
+from fms_parallel.inference.kernels import COMPILED, NAMES, STORED, Kernel, candidate
 from fms_parallel.modules.embedding import Embedding
-from fms_parallel.modules.linear import Bias, Matrices, Multiplies, Product, Weight, shared_linear
-from fms_parallel.modules.linear_types import Quantised
+from fms_parallel.modules.linear import Matrices, Multiplies, Product, Weight, shared_linear
 
-STORED = "stored"
 MANY_ROWS = 128
 """Rows that stand for a prompt when it is timed whether prompts, too, go through the copy."""
 RING_BYTES = 64 << 20
 """Weights read between two readings of one, where a model has as many: more than a processor's caches keep."""
 ROUNDS = 5
 """Times each candidate is timed; the best counts, since only others' work makes a reading slower."""
-
-Kernel = Callable[[Tensor], Tensor]
-"""`x [T, E]` -> `[T, N]`."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +44,8 @@ class Choice:
     Attributes:
         sizes: N of each matrix; width: E; count: groups of this shape.
         layout: the one that was taken. seconds: of each, for one group and the rows asked for.
-        prompts: whether inputs of many rows use it as well. extra_bytes: of the copies, all groups together.
+        one_row: seconds of a compiled kernel that single rows go through when more rows were asked for, else None.
+        prompts: whether inputs of many rows use the layout as well. extra_bytes: of the copies, all groups together.
     """
 
     sizes: tuple[int, ...]
@@ -61,8 +53,9 @@ class Choice:
     count: int
     layout: str
     seconds: dict[str, float]
-    prompts: bool
-    extra_bytes: int
+    one_row: float | None = None
+    prompts: bool = True
+    extra_bytes: int = 0
 
 
 class Prepared:
@@ -89,7 +82,7 @@ class Prepared:
         self.undo()
 
 
-def prepare_for_decode(model: nn.Module, rows: int = 1) -> Prepared:
+def prepare_for_decode(model: nn.Module, rows: int = 1, compiled: bool = False) -> Prepared:
     """Give every matrix of `model` the layout that multiplies `rows` rows fastest here; in place.
 
     Used while no gradient is recorded; a weight that changes afterwards (an optimizer step, a loaded checkpoint) makes
@@ -98,8 +91,11 @@ def prepare_for_decode(model: nn.Module, rows: int = 1) -> Prepared:
 
     Args:
         rows: sequences decoded at a time.
+        compiled: also make kernels for the shapes at hand with torch's compiler, for up to `compiled.MOST_ROWS` rows:
+            they read the parameters themselves, without a copy, and nearly as fast as memory gives. It takes seconds
+            for each shape (less the second time), and a C++ compiler.
     Raises:
-        ConfigError: a model without such matrices, one sharded by FSDP, on the meta device, or prepared already.
+        ConfigError: compiled without a compiler; a model without such matrices, one sharded by FSDP, on the meta device, or prepared already.
     """
     if rows < 1:
         raise ConfigError(f"rows={rows}: must be >= 1.")
@@ -110,8 +106,8 @@ def prepare_for_decode(model: nn.Module, rows: int = 1) -> Prepared:
     with torch.no_grad():
         for group in groups:
             shapes.setdefault(group.signature(dtype), []).append(group)
-        scratch = _Scratch(model)
-        choices = [_choose(alike, dtype, rows, scratch) for alike in shapes.values()]
+        trial = _Trial(dtype, rows, Compiled(dtype) if compiled else None, _Scratch(model))
+        choices = [_choose(alike, trial) for alike in shapes.values()]
     return Prepared([group.module for group in groups], choices)
 
 
@@ -120,12 +116,13 @@ class _Group:
     module: Multiplies
     name: str
 
-    def input_like(self, dtype: torch.dtype) -> Tensor:
+    @property
+    def device(self) -> torch.device:
         owner = self.module.get_submodule(self.module.groups()[self.name][0])
-        return torch.empty(0, dtype=dtype, device=owner.weight.device)  # type: ignore[arg-type]
+        return owner.weight.device  # type: ignore[return-value]
 
     def matrices(self, dtype: torch.dtype) -> Matrices:
-        return self.module.matrices(self.name, self.input_like(dtype))
+        return self.module.matrices(self.name, torch.empty(0, dtype=dtype, device=self.device))
 
     def signature(self, dtype: torch.dtype) -> Any:
         """Groups of one signature are timed together."""
@@ -166,107 +163,25 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
-# ---- candidates -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Joined:
-    """A group as one matrix `[N, E]`."""
-
-    weight: Tensor
-    bias: Bias
-
-    @classmethod
-    def of(cls, matrices: Matrices) -> _Joined:
-        weights = [w for w in matrices.weights if isinstance(w, Tensor)]
-        given = [b for b in matrices.biases if b is not None]
-        if not given:
-            bias = None
-        else:
-            pairs = zip(weights, matrices.biases, strict=True)
-            bias = torch.cat([w.new_zeros(w.shape[0]) if b is None else b for w, b in pairs])
-        return cls(torch.cat(weights) if len(weights) > 1 else weights[0], bias)
-
-
-def _plain(joined: _Joined, rows: int) -> Kernel:
-    weight, bias = joined.weight, joined.bias
-    return lambda x: F.linear(x, weight, bias)
-
-
-def _transposed(joined: _Joined, rows: int) -> Kernel:
-    weight, bias = joined.weight.t().contiguous(), joined.bias
-    if bias is None:
-        return lambda x: torch.mm(x, weight)
-    return lambda x: torch.addmm(bias, x, weight)
-
-
-def _prepacked(joined: _Joined, rows: int) -> Kernel | None:
-    if not compat.has_prepacked_linear(joined.weight):
-        return None
-    # Blocks made for 16 rows serve any number from 2 on; one row has its own.
-    packed, bias = compat.prepack_linear(joined.weight.contiguous(), 1 if rows == 1 else max(16, rows)), joined.bias
-    return lambda x: compat.prepacked_linear(x.contiguous(), packed, bias)
-
-
-def _split(joined: _Joined, rows: int) -> Kernel | None:
-    threads, (outputs, width) = torch.get_num_threads(), joined.weight.shape
-    if threads == 1 or outputs % threads or joined.weight.device.type != "cpu":
-        return None
-    parts, bias = joined.weight.view(threads, -1, width).transpose(1, 2).contiguous(), joined.bias
-
-    def kernel(x: Tensor) -> Tensor:
-        y = torch.bmm(x.expand(threads, *x.shape), parts).transpose(0, 1).reshape(x.shape[0], outputs)
-        return y if bias is None else y + bias
-
-    return kernel
-
-
-LAYOUTS: dict[str, Callable[[_Joined, int], Kernel | None]] = {
-    "joined": _plain,
-    "transposed": _transposed,
-    "prepacked": _prepacked,
-    "split": _split,
-}
-"""Name -> kernel of a joined group for so many rows; None where this machine or shape has none."""
-
-
-def _candidate(name: str, matrices: Matrices, rows: int) -> Kernel | None:
-    """The kernel of one layout, or None when it gains nothing over what is stored."""
-    weights = matrices.weights
-    if all(isinstance(w, Tensor) for w in weights):
-        return None if name == "joined" and len(weights) == 1 else LAYOUTS[name](_Joined.of(matrices), rows)
-    return _joined_quantised(matrices) if name == "joined" else None
-
-
-def _joined_quantised(matrices: Matrices) -> Kernel | None:
-    """Quantised matrices of one type as one; they are rounded row by row, so this changes no number."""
-    weights = [w for w in matrices.weights if isinstance(w, Quantised)]
-    kinds = {w.type.name for w in weights}
-    if len(weights) < len(matrices.weights) or len(kinds) > 1 or any(b is not None for b in matrices.biases):
-        return None
-    if len(weights) == 1:  # nothing to join, but its parts need not be looked up each time
-        return weights[0].product
-    scale, values = torch.cat([w.scale for w in weights]), torch.cat([w.values for w in weights])
-    return Quantised(weights[0].type, values, scale).product
-
-
 # ---- what takes the product's place -----------------------------------------------------------------------------
 
 
 @dataclass
 class FastProduct:
-    """One group's product through its copy.
+    """One group's product while no gradient is recorded.
 
     Attributes:
-        kernel: of the copy. group: whose parameters are meant. sizes: N of each. dtype: of the activations.
-        rows: inputs of more rows go through the parameters, None: none do.
+        group: whose parameters are meant. sizes: N of each matrix. dtype: of the activations.
+        kernel: for up to `rows` rows (None: for any number of them); None: there is none but those in `exact`.
+        exact: number of rows -> a kernel for just that many. What has no kernel goes through the parameters.
     """
 
-    kernel: Kernel
     group: _Group
     sizes: list[int]
     dtype: torch.dtype
+    kernel: Kernel | None
     rows: int | None
+    exact: dict[int, Kernel]
     watched: tuple[Tensor, ...] = ()
     versions: tuple[int, ...] = field(default=(), init=False)
 
@@ -275,15 +190,21 @@ class FastProduct:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
-        if self.rows is not None and flat.shape[0] > self.rows:
+        kernel = self._kernel(flat.shape[0])
+        if kernel is None:
             return shared_linear(x, *self.group.module.matrices(self.group.name, x))
         for tensor, version in zip(self.watched, self.versions, strict=True):
             if tensor._version != version:
                 raise ConfigError("a weight has changed since prepare_for_decode: undo() it, and prepare again.")
         if x.dtype != self.dtype:
             raise ConfigError(f"prepared for activations in {self.dtype}, given {x.dtype}: prepare again.")
-        y = self.kernel(flat).view(*x.shape[:-1], -1)
+        y = kernel(flat).view(*x.shape[:-1], -1)
         return torch.split_with_sizes(y, self.sizes, -1) if len(self.sizes) > 1 else (y,)
+
+    def _kernel(self, rows: int) -> Kernel | None:
+        if rows in self.exact:
+            return self.exact[rows]
+        return self.kernel if self.rows is None or rows <= self.rows else None
 
     def __reduce__(self) -> Any:
         raise ConfigError("a model prepared for decoding is not copied or pickled: undo() that first.")
@@ -312,42 +233,87 @@ class _Scratch:
             torch.accelerator.synchronize()
 
 
-def _choose(groups: Sequence[_Group], dtype: torch.dtype, rows: int, scratch: _Scratch) -> Choice:
+@dataclass(frozen=True)
+class _Trial:
+    """What layouts are tried for, and what with."""
+
+    dtype: torch.dtype
+    rows: int
+    compiled: Compiled | None
+    scratch: _Scratch
+
+    def kernels(self, layout: str, groups: Sequence[_Group], rows: int) -> list[Kernel]:
+        """One kernel for each group, or none when this layout is nothing for them."""
+        made = (candidate(layout, group.matrices(self.dtype), rows, self.compiled) for group in groups)
+        return [kernel for kernel in made if kernel is not None]
+
+    def time(self, products: Sequence[Callable[[Tensor], Any]], groups: Sequence[_Group], rows: int) -> float:
+        """Seconds of one product with so many rows: the mean over the ring, the best of a few rounds."""
+        x = torch.ones(rows, _width(groups[0], self.dtype), dtype=self.dtype, device=groups[0].device)
+        # One thread's own time does not count what others do with its core.
+        clock = time.thread_time if x.is_cpu and torch.get_num_threads() == 1 else time.perf_counter
+        best = float("inf")
+        for _ in range(ROUNDS):
+            self.scratch.read()
+            start = clock()
+            for product in products:
+                product(x)
+            self.scratch.wait()
+            best = min(best, clock() - start)
+        return best / len(products)
+
+
+def _choose(groups: Sequence[_Group], trial: _Trial) -> Choice:
     """Time the layouts on groups of one shape, and give each the fastest."""
-    weights = [_numbers(w) for w in groups[0].matrices(dtype).weights]
+    weights = [_numbers(w) for w in groups[0].matrices(trial.dtype).weights]
     sizes, width = tuple(w.shape[0] for w in weights), weights[0].shape[1]
-    one = sum(sizes) * width * dtype.itemsize
-    ring = groups[: -(-scratch.bytes // max(1, one))]
-    x = torch.ones(rows, width, dtype=dtype, device=weights[0].device)
-    seconds = {STORED: _time([_stored(group) for group in ring], x, scratch)}
-    for name in LAYOUTS if one else ():  # a rank may hold no row
-        kernels = _kernels(name, ring, dtype, rows)
+    one = sum(sizes) * width * trial.dtype.itemsize
+    ring = groups[: -(-trial.scratch.bytes // max(1, one))]
+    seconds = {STORED: trial.time([_stored(group) for group in ring], ring, trial.rows)}
+    for name in NAMES if one else ():  # a rank may hold no row
+        kernels = trial.kernels(name, ring, trial.rows)
         if kernels:
-            seconds[name] = _time([_one(kernel) for kernel in kernels], x, scratch)
+            seconds[name] = trial.time(kernels, ring, trial.rows)
     layout = min(seconds, key=lambda name: seconds[name])
-    found = Choice(sizes, width, len(groups), layout, seconds, True, 0)
-    return found if layout == STORED else _install(groups, dtype, rows, found, scratch)
+    return _install(groups, trial, Choice(sizes, width, len(groups), layout, seconds))
 
 
-def _install(groups: Sequence[_Group], dtype: torch.dtype, rows: int, found: Choice, scratch: _Scratch) -> Choice:
-    """Make the copies; find out whether prompts go through them too."""
-    kernels = _kernels(found.layout, groups, dtype, rows)
-    weights = groups[0].matrices(dtype).weights
-    prompt = torch.ones(MANY_ROWS, found.width, dtype=dtype, device=_numbers(weights[0]).device)
-    copies, stored = [_one(kernel) for kernel in kernels], [_stored(group) for group in groups]
-    prompts = _time(copies[:4], prompt, scratch) <= _time(stored[:4], prompt, scratch)
-    for group, kernel in zip(groups, kernels, strict=True):
-        fast = FastProduct(kernel, group, list(found.sizes), dtype, None if prompts else rows, group.watched())
+def _install(groups: Sequence[_Group], trial: _Trial, found: Choice) -> Choice:
+    """Make the copies; find out whether prompts go through them too, and what single rows go through."""
+    copies = trial.kernels(found.layout, groups, trial.rows) if found.layout not in (STORED, COMPILED) else []
+    exact = {trial.rows: trial.kernels(COMPILED, groups, trial.rows)} if found.layout == COMPILED else {}
+    stored = [_stored(group) for group in groups]
+    if trial.rows > 1 and trial.compiled is not None and (singles := trial.kernels(COMPILED, groups, 1)):
+        seconds = trial.time(singles, groups, 1)
+        if seconds < trial.time(copies or stored, groups, 1):
+            exact, found = {**exact, 1: singles}, replace(found, one_row=seconds)
+    if not copies and not exact:
+        return found
+    few = 4  # of the copies are enough to tell about prompts
+    prompts = bool(copies) and trial.time(copies[:few], groups, MANY_ROWS) <= trial.time(
+        stored[:few], groups, MANY_ROWS
+    )
+    for index, group in enumerate(groups):
+        kernel, rows = (copies[index], None if prompts else trial.rows) if copies else (None, None)
+        own = {count: kernels[index] for count, kernels in exact.items()}
+        fast = FastProduct(group, list(found.sizes), trial.dtype, kernel, rows, own, group.watched())
         group.module.fast = {**group.module.fast, group.name: fast}
+    return replace(found, prompts=prompts, extra_bytes=sum(_extra_bytes(group, trial, found) for group in groups))
+
+
+def _extra_bytes(group: _Group, trial: _Trial, found: Choice) -> int:
+    """Of one group's copies: what is read in place, and int8 that needs no joining, is none."""
+    weights = group.matrices(trial.dtype).weights
     plain = isinstance(weights[0], Tensor)
-    copied = sum(found.sizes) * found.width * len(groups) if plain or len(weights) > 1 else 0
-    return replace(found, prompts=prompts, extra_bytes=copied * (dtype.itemsize if plain else 1))
+    if found.layout in (STORED, COMPILED):
+        held = {tensor.untyped_storage().data_ptr() for tensor in group.watched()}
+        return sum(w.nbytes for w in map(_numbers, weights) if w.untyped_storage().data_ptr() not in held)
+    copied = sum(found.sizes) * found.width if plain or len(weights) > 1 else 0
+    return copied * (trial.dtype.itemsize if plain else 1)
 
 
-def _kernels(layout: str, groups: Sequence[_Group], dtype: torch.dtype, rows: int) -> list[Kernel]:
-    """One kernel for each group, or none when this layout is nothing for them."""
-    made = (_candidate(layout, group.matrices(dtype), rows) for group in groups)
-    return [kernel for kernel in made if kernel is not None]
+def _width(group: _Group, dtype: torch.dtype) -> int:
+    return _numbers(group.matrices(dtype).weights[0]).shape[1]
 
 
 def _numbers(weight: Weight) -> Tensor:
@@ -357,22 +323,3 @@ def _numbers(weight: Weight) -> Tensor:
 
 def _stored(group: _Group) -> Product:
     return lambda x: shared_linear(x, *group.module.matrices(group.name, x))
-
-
-def _one(kernel: Kernel) -> Product:
-    return lambda x: (kernel(x),)
-
-
-def _time(products: Sequence[Product], x: Tensor, scratch: _Scratch) -> float:
-    """Seconds of one product, the mean over the ring, the best of a few rounds."""
-    # One thread's own time does not count what others do with its core.
-    clock = time.thread_time if x.is_cpu and torch.get_num_threads() == 1 else time.perf_counter
-    best = float("inf")
-    for _ in range(ROUNDS):
-        scratch.read()
-        start = clock()
-        for product in products:
-            product(x)
-        scratch.wait()
-        best = min(best, clock() - start)
-    return best / len(products)

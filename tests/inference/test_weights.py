@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import itertools
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from fms_parallel import compat
 from fms_parallel.errors import ConfigError
 from fms_parallel.inference import generate
-from fms_parallel.inference.weights import LAYOUTS, Prepared, _Joined, prepare_for_decode
-from fms_parallel.modules.linear_types import quantise
+from fms_parallel.inference.compiled import MOST_ROWS, Compiled
+from fms_parallel.inference.kernels import LAYOUTS, Joined
+from fms_parallel.inference.weights import Prepared, _Trial, prepare_for_decode
+from fms_parallel.modules.linear import Matrices
+from fms_parallel.modules.linear_types import get_linear_type, quantise
 from tests.inference.models import PROMPTS, tiny_llama
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
@@ -32,7 +38,7 @@ def test_every_layout_gives_the_plain_product(layout: str, rows: int, biased: bo
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        kernel = LAYOUTS[layout](_Joined(weight, bias), rows)
+        kernel = LAYOUTS[layout](Joined(weight, bias), rows)
         assert kernel is not None or dtype == torch.bfloat16  # not every processor multiplies bf16
         got = kernel(x) if kernel is not None else None
     finally:
@@ -59,6 +65,73 @@ def test_a_prepared_int8_model_computes_the_same() -> None:
     want = logits(model)
     with prepare_for_decode(model):
         torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=1e-5)
+
+
+needs_compiler = pytest.mark.skipif(not compat.has_compiler(), reason="no C++ compiler on this machine")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("kind", "sizes", "rows"), [("plain", (24, 7, 7), 3), ("plain", (24,), 1), ("bf16", (24,), 2), ("int8", (24, 6), 1)]
+)
+def test_a_compiled_kernel_is_the_plain_product(kind: str, sizes: tuple[int, ...], rows: int) -> None:
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    dense = [torch.randn(n, 10).to(dtype) for n in sizes]
+    biases = [torch.randn(n).to(dtype) if rows > 1 else None for n in sizes]
+    weights: list[Any] = list(dense)
+    if kind == "int8":
+        stored = get_linear_type("int8")
+        scales = [stored.scale(w.abs().amax(-1)) for w in dense]
+        weights = [stored.weight(stored.values(w, scale), scale) for w, scale in zip(dense, scales, strict=True)]
+        dense = [w.dense(torch.float32) for w in weights]
+    x = torch.randn(rows, 10).to(dtype)
+    kernel = Compiled(dtype).kernel(Matrices(tuple(weights), tuple(biases)), rows)
+    assert kernel is not None
+    exact = [x.double() @ w.double().t() + (0 if b is None else b) for w, b in zip(dense, biases, strict=True)]
+    want = torch.cat(exact, -1)
+    error = (kernel(x).double() - want).abs().max() / want.abs().max()
+    assert error <= {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
+
+
+def test_no_compiled_kernel_for_many_rows() -> None:
+    if compat.has_compiler():
+        assert Compiled(torch.float32).kernel(Matrices((torch.ones(2, 2),), (None,)), MOST_ROWS + 1) is None
+
+
+def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "has_compiler", lambda: False)
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler"):
+        prepare_for_decode(tiny_llama(), compiled=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("linear_type", [None, "int8"])
+@pytest.mark.parametrize("step", [-1.0, 1.0])
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_model_with_compiled_kernels_computes_the_same(
+    linear_type: str | None, step: float, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the last layout tried is called the fastest, two rows go through kernels; where the first, only one row.
+
+    Ten kernels take long to make: by default their functions are called as they are.
+    """
+    if not compiles:
+        monkeypatch.setattr(compat, "compile_function", lambda function, examples: function)
+    times = itertools.count(100.0, step)
+    monkeypatch.setattr(_Trial, "time", lambda *_: next(times))
+    model = tiny_llama() if linear_type is None else quantise(tiny_llama(), linear_type)
+    prompts = [PROMPTS[:1], [PROMPTS[0], PROMPTS[0][::-1]]]
+    tokens, want = [generate(model, few, max_new_tokens=5) for few in prompts], logits(model)
+    with prepare_for_decode(model, rows=2, compiled=True) as prepared:
+        assert {c.layout for c in prepared.choices} == {"compiled" if step < 0 else "stored"}
+        assert all((c.one_row is None) == (step < 0) for c in prepared.choices)
+        assert prepared.extra_bytes == 0
+        assert [generate(model, few, max_new_tokens=5) for few in prompts] == tokens
+        torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            next(p for name, p in model.named_parameters() if "layers" in name and p.dim() > 1).add_(1)
+            with pytest.raises(ConfigError, match="a weight has changed"):
+                model(IDS[:1, :1] if step > 0 else IDS[:, :1])
 
 
 def test_bf16_activations_of_fp32_weights_are_prepared_in_bf16() -> None:
