@@ -6,7 +6,7 @@ It is to any model what `strategy/compose.py` is to models with twins, in the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,41 +32,10 @@ from fms_parallel.distributed.boxes import local_box, local_tensor
 from fms_parallel.distributed.mesh import replica_mesh, shard_mesh
 from fms_parallel.errors import CheckpointError, FmsError, LayoutError
 from fms_parallel.layout import ParallelLayout
-from fms_parallel.schedules import FILE, SCHEDULES
-from fms_parallel.strategy.compose import refuse_unimplemented
 from fms_parallel.strategy.fsdp import FullyShardStrategy, ReplicateStrategy
 from fms_parallel.strategy.materialise import materialise
 from fms_parallel.strategy.recompute import KEPT
 from fms_parallel.strategy.tensor import TensorParallelStrategy
-
-
-def read_layout(
-    layout: str | ParallelLayout | None, microbatches: int | None, schedule: str | None, world: int
-) -> tuple[ParallelLayout, int]:
-    """(the layout with every word and degree, micro-batches of a step)."""
-    found = ParallelLayout.parse(layout).resolve(world)
-    if found.pp == 1:  # a schedule has nothing to order then: a script may name one for all its layouts
-        pieces = microbatches or 1
-    else:
-        words: dict[str, Any] = {"schedule": schedule, "microbatches": microbatches}
-        found = replace(found, **{name: word for name, word in words.items() if word is not None})
-        pieces = found.pieces
-    refuse_unimplemented(found)
-    if found.cp > 1 or found.sp:
-        raise LayoutError(
-            f"{found}: cp and sp cut sequences inside the model's code; a model without twins has pp, dp, fsdp and tp."
-        )
-    if found.recompute_budget is not None:
-        raise LayoutError(f"{found}: recompute=budget=... needs compiled blocks; use full, selective or every=N.")
-    if found.pp > 1:
-        if found.schedule.startswith(FILE):
-            raise LayoutError(
-                f"{found}: schedules from files run models with twins; use one of {', '.join(SCHEDULES)}."
-            )
-        why = SCHEDULES[found.schedule].refusal(pieces, found.pp, found.stages)
-        if why is not None:
-            raise LayoutError(f"schedule={found.schedule}: {why}.")
-    return found, pieces
 
 
 def blocks_of(skeleton: nn.Module, layout: ParallelLayout) -> list[str]:
@@ -184,15 +153,13 @@ def _stage(build: Build, run: Run | None) -> AutoStage:
 def _shard(stage: AutoStage, build: Build) -> None:
     layout, mesh = build.layout, build.mesh
     if layout.fsdp > 1 or (layout.precision == "bf16" and layout.dp == 1):
-        if mesh is None:
-            raise LayoutError(
-                "precision=bf16 of a model without twins is FSDP2's work: one process has none, use 2 ranks."
-            )
+        assert mesh is not None
         FullyShardStrategy(
             shard_mesh(mesh),
             precision=layout.precision,
             offload=layout.offload == "params",
             free_after_forward=layout.pp == 1,
+            keep_gathered=layout.keep_gathered,
         ).distribute(stage)
     elif layout.dp > 1:
         assert mesh is not None

@@ -82,16 +82,46 @@ def make_cut(
     Raises:
         LayoutError: more stages than blocks, or a split that does not fit.
     """
-    calls = recording.blocks
-    if stages > len(calls):
-        raise LayoutError(
-            f"{stages} pipeline stages, but {type(model).__name__} has {len(calls)} repeated blocks "
-            f"({calls[0].name}, ...): each stage needs one. Use at most {len(calls)} stages."
-        )
+    check_split(stages, split, [call.name for call in recording.blocks], type(model).__name__)
     sizes = _sizes(recording, stages, split)
     ends = [0, *accumulate(sizes)]
     arriving = tuple(_arriving(recording, first) for first in ends[:-1])
-    return Cut(sizes, tuple(call.name for call in calls), arriving, _parameters(model, recording, ends))
+    return Cut(sizes, tuple(call.name for call in recording.blocks), arriving, _parameters(model, recording, ends))
+
+
+def check_split(stages: int, split: str | Sequence[Any], names: Sequence[str], model: str) -> None:
+    """What can be said of a split without a recording.
+
+    Args:
+        names: of the blocks. model: its class, for the sentence.
+    Raises:
+        LayoutError: as `make_cut`.
+    """
+    count = len(names)
+    if stages > count:
+        raise LayoutError(
+            f"{stages} pipeline stages, but {model} has {count} repeated blocks ({names[0]}, ...): each stage needs "
+            f"one. Use at most {count} stages."
+        )
+    if split in SPLITS:
+        return
+    if isinstance(split, str):
+        raise LayoutError(f"unknown split {split!r}: use {', '.join(SPLITS)}, blocks of each stage, or block names.")
+    if all(isinstance(part, str) for part in split) and (unknown := [name for name in split if name not in names]):
+        raise LayoutError(f"split: {unknown[0]!r} is no block. Blocks are {names[0]} ... {names[-1]}.")
+    sizes = _numbers(split, names)
+    if len(sizes) != stages or sum(sizes) != count or min(sizes) < 1:
+        raise LayoutError(
+            f"split into {sizes} blocks: {stages} stages need {stages} numbers >= 1 that add up to {count} blocks."
+        )
+
+
+def _numbers(split: Sequence[Any], names: Sequence[str]) -> tuple[int, ...]:
+    """Blocks of each stage, from such numbers or from the names that later stages begin with."""
+    if not all(isinstance(part, str) for part in split):
+        return tuple(int(size) for size in split)
+    ends = [0, *sorted(names.index(name) for name in split), len(names)]
+    return tuple(end - start for start, end in pairwise(ends))
 
 
 def _sizes(recording: Recording, stages: int, split: str | Sequence[Any]) -> tuple[int, ...]:
@@ -101,19 +131,7 @@ def _sizes(recording: Recording, stages: int, split: str | Sequence[Any]) -> tup
     if split == "cost":
         before = [call.flops + gap for call, gap in zip(recording.blocks, recording.gap_flops, strict=False)]
         return even_split([float(flops) or 1.0 for flops in before], stages, float(recording.gap_flops[-1]))
-    if isinstance(split, str):
-        raise LayoutError(f"unknown split {split!r}: use {', '.join(SPLITS)}, blocks of each stage, or block names.")
-    if all(isinstance(part, str) for part in split):
-        if unknown := [name for name in split if name not in names]:
-            raise LayoutError(f"split: {unknown[0]!r} is no block. Blocks are {names[0]} ... {names[-1]}.")
-        starts = [0, *sorted(names.index(name) for name in split), count]
-        split = [end - start for start, end in pairwise(starts)]
-    sizes = tuple(int(size) for size in split)
-    if len(sizes) != stages or sum(sizes) != count or min(sizes) < 1:
-        raise LayoutError(
-            f"split into {sizes} blocks: {stages} stages need {stages} numbers >= 1 that add up to {count} blocks."
-        )
-    return sizes
+    return _numbers(split, names)
 
 
 def _arriving(recording: Recording, first: int) -> tuple[Carried, ...]:

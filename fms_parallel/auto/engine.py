@@ -22,8 +22,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from fms_parallel.auto.blocks import canonical_names
-from fms_parallel.auto.build import Build, blocks_of, build_stages, fill, read_layout
+from fms_parallel.auto.blocks import Recording, canonical_names
+from fms_parallel.auto.build import Build, blocks_of, build_stages, fill
+from fms_parallel.auto.fits import read_layout
 from fms_parallel.auto.save import as_module, save_pretrained
 from fms_parallel.auto.schedule import Recordings, Runner, local_gradient, sum_over_holders
 from fms_parallel.auto.source import build_skeleton
@@ -75,10 +76,10 @@ def parallelize(
             that decides by values, heads that tp does not divide. ConfigError: no task, batch or values.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
-    wanted, pieces = read_layout(layout, microbatches, schedule, world)
+    skeleton, values, folder = build_skeleton(model, task if isinstance(task, str) else None)
+    wanted, pieces = read_layout(layout, microbatches, schedule, world, skeleton, split, tensor_plan)
     where = torch.device(device) if device is not None else torch.device("cpu")
     mesh = build_mesh(wanted, where.type) if world > 1 else None
-    skeleton, values, folder = build_skeleton(model, task if isinstance(task, str) else None)
     job = UserLoss(loss) if loss is not None else get_task(skeleton, task)
     dtype = dtype or (torch.float64 if wanted.precision == "fp64" else None)
     if dtype is not None:
@@ -304,6 +305,14 @@ class Engine:
     def load_checkpoint(self, path: str | Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Fill weights and optimizer from what `save_checkpoint` wrote in any layout; the saved numbers. Collective."""
         return load_training_state(Path(path), as_module(self), optimizer)
+
+    def record(self, inputs: Mapping[str, Tensor]) -> Recording:
+        """What the whole model's forward does with inputs of these shapes, found without memory.
+
+        Raises:
+            LayoutError: it decides by shape.
+        """
+        return self._build.recordings(inputs)
 
     # ---- batches --------------------------------------------------------------------------------------------------
 

@@ -114,20 +114,33 @@ FAMILIES = {
 """Name -> what it is."""
 
 
+def two_blocks(name: str) -> dict[str, Any]:
+    """Config fields that leave two blocks of each list, for layouts without stages."""
+    found: dict[str, Any] = {key: 2 for key in ("n_layer", "num_layers", "num_hidden_layers") if key in _fields(name)}
+    if name == "gpt_neo":
+        found["attention_types"] = [[["global", "local"], 1]]
+    return found
+
+
+def _fields(name: str) -> dict[str, Any]:
+    if name not in FAMILIES:
+        raise ConfigError(unknown("architecture", name, FAMILIES))
+    return FAMILIES[name].fields
+
+
 def tiny_config(name: str, **fields: Any) -> Any:
     """A tiny transformers config of an architecture.
 
     Raises:
         ConfigError: an unknown name, or transformers is not installed.
     """
-    if name not in FAMILIES:
-        raise ConfigError(unknown("architecture", name, FAMILIES))
+    fields = {**_fields(name), **fields}
     try:
         import transformers
     except ImportError:
         raise ConfigError("transformers models need transformers: pip install 'fms_parallel[hf]'.") from None
     family = FAMILIES[name]
-    config = getattr(transformers, family.config)(**{**family.fields, **fields})
+    config = getattr(transformers, family.config)(**fields)
     config.architectures = [family.model]
     return config
 

@@ -4,12 +4,12 @@
 
 The adapters of `attn.q_proj` are its neighbours `attn.q_proj_lora_a` and `attn.q_proj_lora_b`, and a hook on `q_proj`
 adds what they give: no name of the model changes, so plans, weights and saving work as without them, and stages, FSDP
-and tp cut adapters with their blocks. It knows modules and names; the engine knows ranks.
+and tp cut adapters with their blocks. Blocks of this library multiply by weights themselves: theirs are factors that
+they know of (`modules/low_rank.py`). It knows modules and names; the engine knows ranks.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fms_parallel.auto.source import seed_of
+from fms_parallel.checkpoint.low_rank import peft_config, peft_key
 from fms_parallel.distributed.boxes import local_box, local_tensor
 from fms_parallel.errors import ConfigError
 from fms_parallel.modules.linear import Multiplies
+from fms_parallel.modules.low_rank import A, B, LowRank, give_factors, is_adapter, matrix_of
+from fms_parallel.modules.tp import TPModule, twin_of
 
 if TYPE_CHECKING:
     from fms_parallel.auto.engine import Engine
-
-A, B = "_lora_a", "_lora_b"
-_ADAPTER = re.compile(rf"(.+)({A}|{B})\.weight")
 
 TP_WORDS = {
     "colwise": (None, "colwise"),
@@ -60,28 +60,22 @@ def add_lora(
     Returns:
         the names of the adapted layers.
     Raises:
-        ConfigError: nothing matches, something that matches is no linear layer, or the model is one of this library's,
-            whose blocks use their layers' weights without calling the layers.
+        ConfigError: nothing matches, or something that matches is no linear layer that a block multiplies by.
     """
     names = [name for name, module in model.named_modules() if name and _matches(name, targets)]
     if not names:
         raise ConfigError(f"LoRA targets {targets!r} match no module of {type(model).__name__}.")
-    for name in names:
-        _refuse_native(name, model.get_submodule(name.rpartition(".")[0]))
+    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    for name, parent in parents.items():
+        if not _multiplies(parent, name):
+            _sizes(name, model.get_submodule(name))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for name in names:
-        layer = model.get_submodule(name)
-        parent_name, _, word = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        wide, high = _sizes(name, layer)
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        made: dict[str, Any] = {"bias": False, "dtype": weight.dtype, "device": weight.device}
-        a, b = nn.Linear(wide, rank, **made), nn.Linear(rank, high, **made)
-        nn.init.zeros_(b.weight)
-        parent.add_module(word + A, a)
-        parent.add_module(word + B, b)
-        layer.register_forward_hook(Add(a, b, alpha / rank))
+    for name, parent in parents.items():
+        if _multiplies(parent, name):
+            give_factors(parent, name.rpartition(".")[2], rank, alpha / rank, key=f"0/{name}")
+        else:
+            _hook(parent, name, model.get_submodule(name), rank, alpha)
     for name, parameter in model.named_parameters():
         if train_also is not None and re.fullmatch(train_also, name):
             parameter.requires_grad_(True)
@@ -89,14 +83,36 @@ def add_lora(
     return names
 
 
-def _refuse_native(name: str, parent: nn.Module) -> None:
-    """A hook on a layer that nobody calls would never run: right losses, and adapters that learn nothing."""
-    if isinstance(parent, Multiplies):
+def add_low_rank(model: nn.Module, wanted: LowRank) -> list[str]:
+    """`add_lora` as one value says it."""
+    return add_lora(model, wanted.targets, wanted.rank, wanted.alpha)
+
+
+def _multiplies(parent: nn.Module, name: str) -> bool:
+    """Whether a block multiplies by this child's weight itself, as those of this library do; a hook would never run."""
+    if isinstance(parent, Multiplies) and any(name.rpartition(".")[2] in each for each in parent.groups().values()):
+        if isinstance(parent.get_submodule(name.rpartition(".")[2]).weight, DTensor):
+            raise ConfigError(f"LoRA target {name} is spread over ranks already: give adapters before that.")
+        return True
+    if twin_of(parent) is not None or isinstance(parent, TPModule):
         raise ConfigError(
-            f"LoRA target {name}: {type(parent).__name__} multiplies with its layers' weights itself, so adapters "
-            "beside them would never run. Write the model in transformers' format (fms_parallel.models.save_hf), load "
-            "that with transformers, and give it adapters."
+            f"LoRA target {name}: {type(parent).__name__} uses its children's weights without calling them, so "
+            "adapters beside them would never run. Matrices of attention and feed-forward blocks can have them."
         )
+    return False
+
+
+def _hook(parent: nn.Module, name: str, layer: nn.Module, rank: int, alpha: float) -> None:
+    """Adapters beside a layer that is called."""
+    word = name.rpartition(".")[2]
+    wide, high = _sizes(name, layer)
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    made: dict[str, Any] = {"bias": False, "dtype": weight.dtype, "device": weight.device}
+    a, b = nn.Linear(wide, rank, **made), nn.Linear(rank, high, **made)
+    nn.init.zeros_(b.weight)
+    parent.add_module(word + A, a)
+    parent.add_module(word + B, b)
+    layer.register_forward_hook(Add(a, b, alpha / rank))
 
 
 def _matches(name: str, targets: str | Sequence[str]) -> bool:
@@ -109,14 +125,9 @@ def _sizes(name: str, layer: nn.Module) -> tuple[int, int]:
     """(in, out) of a layer; transformers' Conv1D keeps its weight as `[in, out]`."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
-    if type(layer).__name__ == "Conv1D" and isinstance(layer.weight, Tensor):
+    if _is_transposed(layer) and isinstance(layer.weight, Tensor):
         return layer.weight.shape[0], layer.weight.shape[1]
     raise ConfigError(f"LoRA target {name} is a {type(layer).__name__}: adapters go to linear layers.")
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter belongs to an adapter."""
-    return _ADAPTER.fullmatch(name) is not None
 
 
 def adapter_patterns(model: nn.Module, patterns: dict[str, Any]) -> dict[str, Any]:
@@ -144,24 +155,36 @@ def draw_adapter(name: str, shape: Sequence[int], dtype: torch.dtype, seed: int)
 
 @torch.no_grad()
 def merge_lora(model: nn.Module | Engine) -> None:
-    """Add each `scale * B A` to its layer's weight and set B to zero, in place: outputs stay as they are.
+    """Add each `scale * B A` to its matrix and set B to zero, in place: outputs stay as they are.
 
-    Works on a module and on an engine in any layout (collective then).
+    Works on a module, on one that `get_model` spread, and on an engine, in any layout (collective then).
     """
     stages = [stage.model for stage in model.stages] if hasattr(model, "stages") else [model]  # type: ignore[union-attr]
     for module in stages:
         assert isinstance(module, nn.Module)
-        for layer, hook in list(_adapted(module)):
-            delta = (_whole(hook.b.weight) @ _whole(hook.a.weight)) * hook.scale  # type: ignore[arg-type]
+        for layer, a, b, scale in list(_adapted(module)):
             weight: Tensor = layer.weight  # type: ignore[assignment]
-            delta = delta if isinstance(layer, nn.Linear) else delta.T
+            second = _whole(b)
+            delta = (second.flatten(0, -2) @ _whole(a)) * scale
+            delta = delta.T if _is_transposed(layer) else delta.view(*second.shape[:-1], delta.shape[-1])
             local_tensor(weight).add_(delta[local_box(weight).slices])
-            local_tensor(hook.b.weight).zero_()  # type: ignore[arg-type]
+            local_tensor(b).zero_()
 
 
-def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, Add]]:
+def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor, Tensor, float]]:
+    """(layer, A, B, scale) of every adapted matrix."""
     for module in model.modules():
-        yield from ((module, hook) for hook in module._forward_hooks.values() if isinstance(hook, Add))
+        for hook in module._forward_hooks.values():
+            if isinstance(hook, Add):
+                yield module, hook.a.weight, hook.b.weight, hook.scale  # type: ignore[misc]
+        for word, scale in getattr(module, "adapted", {}).items():
+            a, b = (getattr(module, word + suffix).weight for suffix in (A, B))
+            yield getattr(module, word), a, b, scale
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    """transformers' Conv1D keeps its weight as `[in, out]`."""
+    return type(layer).__name__ == "Conv1D"
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -183,16 +206,13 @@ def save_lora(engine: Engine, folder: str | Path) -> None:
         if rank_and_world()[0] == 0:
             write_weights(folder, {_peft_name(name): MemoryTensor(value.cpu()) for name, value in state.items()})
             (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-            words = {"peft_type": "LORA", "r": lora["rank"], "lora_alpha": lora["alpha"], "bias": "none"}
-            words |= {"target_modules": lora["targets"], "base_model_name_or_path": None, "lora_dropout": 0.0}
-            words |= {"fan_in_fan_out": any(type(m).__name__ == "Conv1D" for m in engine.skeleton.modules())}
-            write_text(folder / "adapter_config.json", json.dumps(words, indent=2) + "\n")
+            turned = any(_is_transposed(module) for module in engine.skeleton.modules())
+            words = peft_config(lora["rank"], lora["alpha"], lora["targets"], turned)
+            write_text(folder / "adapter_config.json", words)
 
 
 def _peft_name(name: str) -> str:
-    found = _ADAPTER.fullmatch(name)
-    assert found is not None
-    return f"base_model.model.{found[1]}.lora_{'A' if found[2] == A else 'B'}.weight"
+    return peft_key(str(matrix_of(name)), f"{A}." in name)
 
 
 def load_lora(engine: Engine, folder: str | Path) -> None:

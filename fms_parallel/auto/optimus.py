@@ -11,8 +11,10 @@ clipping is the whole model's (`optimus_p.clip_grad_norm_`). It knows names and 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,39 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fms_parallel.auto.engine import Engine, parallelize
-from fms_parallel.auto.tasks import Task, get_task
+from fms_parallel.auto.tasks import Task, get_task, logits_of
 from fms_parallel.distributed.start import BACKENDS, Launch, pick_device
 from fms_parallel.errors import CheckpointError, ConfigError, LayoutError, TrainingError, unknown
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.modules.loss import IGNORE
 from fms_parallel.training import offload
 
+logger = logging.getLogger("fms_parallel.auto")
+
 MODES = ("gpipe", "1f1b")
+SPLITS = {"auto": "cost", "milp": "cost", "hierarchical": "cost", "simple": "even", "llama-tp-split": "even"}
+"""Their `partitioner` -> how blocks are dealt to stages."""
+
+IDLE = {
+    "force_free_mem": "memory is freed where it is no longer needed, and the swap options work without it",
+    "ir_analyze": "each rank records the forward on tensors without memory and builds its own stage only",
+    "dynamo_capture": "nothing is traced: each stage runs the model's own forward",
+    "use_padding": "rows that do not divide are always filled up with rows that do not count",
+    "safe_multi_output": "what crosses a cut is recorded, not guessed",
+    "pre_barrier": "ranks wait for one another where they exchange tensors",
+    "prt_shape": "shapes are in the engine's recordings",
+    "display_mem": "what a rank holds is `optimus_p.engine.parameters()`",
+    "checkpoint": "save_ckpt writes when it is called",
+}
+"""Options of OptimusPrime that have nothing to do here, and why; each is logged when a script gives it."""
+
+
+class IR_Anal(Enum):
+    """How OptimusPrime's ranks trace the model; scripts name it for `ir_analyze`."""
+
+    SINGLE, PARALLEL, SEQUENTIAL = "single", "parallel", "sequential"
+
+
 SWAPS = {(False, False): "none", (True, False): "optimizer_state", (True, True): "optimizer_step"}
 """(swap_opt_in_fwdbwd, swap_model_in_optstep) -> the layout's `offload`."""
 
@@ -45,11 +72,14 @@ class Optimus_p:
             step itself is made there. Both need `optimus_p.optimizer = Adam or AdamW`.
         example_batch: of a module that is not transformers' own. task: word of `TASKS`, when the class does not say.
         shift_labels: whether the library shifts the labels of a causal language model; None finds out from each batch.
-        fsdp_size: shards of every parameter (not in OptimusPrime).
+        fsdp_size: shards of every parameter (not in OptimusPrime). preserve_output: keep what `get_output` gives.
+        partitioner: one of `SPLITS`. ckpt_dir_postfix: of the folder that save_ckpt and load_ckpt use.
+        also: OptimusPrime's options that have nothing to do here (`IDLE`); they are logged.
     Attributes:
         loss: the mean over the whole global batch of the last run, on every rank.
     Raises:
         LayoutError: sizes that do not multiply to the number of ranks, or that the model cannot be cut into.
+        ConfigError: an option that neither has.
     """
 
     def __init__(
@@ -68,7 +98,12 @@ class Optimus_p:
         task: str | Task | None = None,
         shift_labels: bool | None = None,
         fsdp_size: int = 1,
+        preserve_output: bool = False,
+        partitioner: str = "auto",
+        ckpt_dir_postfix: str | None = None,
+        **also: Any,
     ) -> None:
+        _check_options(also, partitioner)
         device = _start("cuda" if use_gpu else "cpu")
         world = dist.get_world_size() if dist.is_initialized() else 1
         if (swap_opt_in_fwdbwd, swap_model_in_optstep) not in SWAPS:
@@ -86,8 +121,20 @@ class Optimus_p:
         self._optimizer: torch.optim.Optimizer | None = None
         example = dict(example_batch) if example_batch is not None else example_of(module, self.num_mb)
         self.engine: Engine = parallelize(
-            module, layout, example, task=task, microbatches=self.num_mb, schedule="gpipe", device=device
+            module,
+            layout,
+            example,
+            task=task,
+            microbatches=self.num_mb,
+            schedule="gpipe",
+            split=SPLITS[partitioner],
+            device=device,
         )
+        self._folder = "checkpoint" if ckpt_dir_postfix is None else f"checkpoint_{ckpt_dir_postfix}"
+        self._outputs: list[Tensor] = []
+        self._rows = 0
+        for stage in self.engine.stages if preserve_output else ():
+            stage.note = lambda out: self._outputs.append(logits_of(out).detach())
         self._losses: list[float] = []
         self.loss = float("nan")
         self._main = _main_input(self.engine.skeleton, example)
@@ -158,6 +205,8 @@ class Optimus_p:
         batch = None if batch is None else {**batch, **({} if labels is None else {"labels": labels})}
         found = self._unshifted(self._from_first_stage(batch))
         self.engine.runner.schedule = mode
+        self._outputs.clear()
+        self._rows = len(found[self._main])
         self.loss = float(self.engine.train_step(found))
         counted = max(float(self.engine.task.count(found)), 1.0)
         self._losses = [float(piece) / counted * self.num_mb for piece in self.engine.runner.pieces_of_loss]
@@ -165,6 +214,16 @@ class Optimus_p:
     def get_loss(self) -> list[float]:
         """On the last stage a number for each micro-batch of this rank's rows, whose mean is their mean loss."""
         return self._losses
+
+    def get_output(self) -> Tensor | None:
+        """On the last stage what the model gave for this rank's rows in the last run; None elsewhere.
+
+        Raises:
+            ConfigError: without preserve_output=True.
+        """
+        if all(stage.note is None for stage in self.engine.stages):
+            raise ConfigError("get_output: nothing was kept; say Optimus_p(preserve_output=True).")
+        return torch.cat(self._outputs)[: self._rows] if self._outputs else None
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Over the whole model (`torch.nn.utils.clip_grad_norm_` would see one stage)."""
@@ -213,7 +272,7 @@ class Optimus_p:
 
     # ---- files ----------------------------------------------------------------------------------------------------
 
-    def save_ckpt(self, step: int, epoch: int, folder: str | Path = "checkpoint") -> Path:
+    def save_ckpt(self, step: int, epoch: int, folder: str | Path | None = None) -> Path:
         """Weights and optimizer state, loadable in any layout; the last two are kept. Collective.
 
         Raises:
@@ -221,12 +280,13 @@ class Optimus_p:
         """
         if self._optimizer is None:
             raise CheckpointError("save_ckpt: set optimus_p.optimizer first; its state belongs to a checkpoint.")
-        return self.engine.save_checkpoint(folder, step, self._optimizer, keep=2, epoch=epoch)
+        return self.engine.save_checkpoint(folder or self._folder, step, self._optimizer, keep=2, epoch=epoch)
 
-    def load_ckpt(self, step: int | None = None, folder: str | Path = "checkpoint") -> tuple[int, int]:
+    def load_ckpt(self, step: int | None = None, folder: str | Path | None = None) -> tuple[int, int]:
         """(step, epoch) of what was loaded: that step, or the latest. Collective."""
         if self._optimizer is None:
             raise CheckpointError("load_ckpt: set optimus_p.optimizer first; its state belongs to a checkpoint.")
+        folder = folder or self._folder
         steps = sorted(
             int(m[1]) for path in Path(folder).glob("step-*") if (m := re.fullmatch(r"step-(\d+)", path.name))
         )
@@ -241,6 +301,19 @@ class Optimus_p:
     def save_hf_ckpt(self, folder: str | Path) -> None:
         """Weights and config as `from_pretrained` reads them. Collective."""
         self.engine.save_pretrained(folder)
+
+
+def _check_options(also: Mapping[str, Any], partitioner: str) -> None:
+    """Log options that have nothing to do; refuse what is no option."""
+    if partitioner not in SPLITS:
+        raise ConfigError(unknown("partitioner", partitioner, SPLITS))
+    if also.get("swap_use_disk"):
+        raise ConfigError("swap_use_disk: the swaps go to host memory and to no disk; leave it out.")
+    for name, value in also.items():
+        if name != "swap_use_disk" and name not in IDLE:
+            raise ConfigError(unknown("option of Optimus_p", name, IDLE))
+        if value and name in IDLE:
+            logger.info("Optimus_p(%s=%s) has nothing to do: %s.", name, value, IDLE[name])
 
 
 def _start(device_type: str) -> torch.device:

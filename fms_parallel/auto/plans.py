@@ -45,7 +45,7 @@ def tensor_patterns(
     """
     if tensor_plan is not None:
         return dict(tensor_plan)
-    _check_heads(model, tp)
+    check_heads(model, tp)
     known = dict(getattr(model, "tp_plan", None) or {})
     unknown = sorted({word for word in known.values() if word not in WORDS})
     if known and not unknown:
@@ -76,7 +76,8 @@ def _word_of(module: str, patterns: Mapping[str, str]) -> str | None:
     return next((word for pattern, word in patterns.items() if re.fullmatch(pattern, module)), None)
 
 
-def _check_heads(model: nn.Module, tp: int) -> None:
+def check_heads(model: nn.Module, tp: int) -> None:
+    """Raises LayoutError when tp does not divide a number of heads in the model's config."""
     config = getattr(model, "config", None)
     for field in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, field, None)

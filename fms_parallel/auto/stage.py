@@ -36,7 +36,7 @@ class AutoStage(nn.Module):
     Attributes:
         aux_scale: what a loss beside the task's (of a mixture's router) is multiplied with, so that it is averaged
             over the micro-batches of all ranks while the task's is summed.
-        look: takes the model's output in the place of the loss, which is zero then.
+        look: takes the model's output in the place of the loss, which is zero then. note: takes it beside the loss.
     """
 
     def __init__(
@@ -54,11 +54,17 @@ class AutoStage(nn.Module):
         self._constants = constant_inputs(model)
         self.aux_scale, self.micro_batch = 0.0, 0
         self.look: Callable[[Any], Any] | None = None
+        self.note: Callable[[Any], Any] | None = None
 
     @property
     def index(self) -> int:
         """Which stage."""
         return self._run.stage if self._run is not None else 0
+
+    @property
+    def cut_run(self) -> Run | None:
+        """What its modules share while it runs; None without a cut."""
+        return self._run
 
     @property
     def is_last(self) -> bool:
@@ -113,6 +119,8 @@ class AutoStage(nn.Module):
         if self.look is not None:
             self.look(out)
             return torch.zeros((), device=next(iter(batch.values())).device)
+        if self.note is not None:
+            self.note(out)
         loss = self._task.loss_sum(out, batch)
         aux = getattr(out, "aux_loss", None)
         if isinstance(aux, Tensor):

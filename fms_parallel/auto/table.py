@@ -3,7 +3,8 @@
     python -m fms_parallel.auto.table                    # to the screen
     python -m fms_parallel.auto.table --write docs/any_model.md
 
-The reference is transformers' own model in one process, in fp64, with the loss written out.
+The reference is transformers' own model in one process, in fp64, with the loss written out. Models have four blocks,
+and two where the layout has no stages.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from fms_parallel.auto.engine import parallelize
-from fms_parallel.auto.families import FAMILIES, tiny_batch, tiny_model
+from fms_parallel.auto.families import FAMILIES, tiny_batch, tiny_model, two_blocks
+from fms_parallel.checkpoint.agree import from_every_rank
 from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.errors import FmsError, LayoutError
 from fms_parallel.layout import ParallelLayout
@@ -45,7 +47,7 @@ class Result:
 
     Attributes:
         gradient: largest relative error of loss, gradient norm and all gradients after one step; `where` it is.
-        losses: largest relative difference of the losses of five optimizer steps. refused: why it was not run.
+        losses: largest relative difference of the losses of all optimizer steps. refused: why it was not run.
     """
 
     gradient: float = 0.0
@@ -61,7 +63,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Reference:
-    """What one process finds: first loss, gradients by name, gradient norm, losses of five steps."""
+    """What one process finds: first loss, gradients by name, gradient norm, losses of all steps."""
 
     loss: float
     gradients: dict[str, Tensor]
@@ -69,15 +71,29 @@ class Reference:
     losses: list[float]
 
 
-def reference(name: str, micro_batches: int) -> Reference:
-    """One process. `micro_batches` counts only where the loss is no sum over rows."""
-    model, batch = tiny_model(name).double().train(), _double(tiny_batch(name))
+@dataclass(frozen=True)
+class Run:
+    """What one process does to be compared with. `micro_batches` counts only where the loss is no sum over rows."""
+
+    name: str
+    micro_batches: int
+    steps: int
+    short: bool
+
+    def model(self) -> nn.Module:
+        """In fp64, the same every time."""
+        return tiny_model(self.name, **(two_blocks(self.name) if self.short else {})).double()
+
+
+def reference(run: Run) -> Reference:
+    """One process."""
+    model, batch = run.model().train(), _double(tiny_batch(run.name))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
     losses: list[float] = []
     first: Reference | None = None
-    for _ in range(STEPS):
+    for _ in range(run.steps):
         optimizer.zero_grad()
-        loss = _own_loss(model, batch, micro_batches)
+        loss = _own_loss(model, batch, run.micro_batches)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
         if first is None:
@@ -112,31 +128,32 @@ def _mean_loss(logits: Tensor, labels: Tensor, next_one: bool) -> Tensor:
     return -(picked * counted).sum() / counted.sum()
 
 
-def compare(names: Sequence[str], layouts: Sequence[str]) -> dict[tuple[str, str], Result]:
+def compare(names: Sequence[str], layouts: Sequence[str], steps: int = STEPS) -> dict[tuple[str, str], Result]:
     """On each rank: every architecture in every layout of this many ranks."""
     found: dict[tuple[str, str], Result] = {}
     for name in names:
-        references: dict[int, Reference] = {}
+        references: dict[Run, Reference] = {}
         for layout in layouts:
             try:
-                found[name, layout] = _compare_one(name, layout, references)
+                found[name, layout] = _compare_one(name, layout, steps, references)
             except LayoutError as error:
                 found[name, layout] = Result(refused=str(error))
     return found
 
 
-def _compare_one(name: str, text: str, references: dict[int, Reference]) -> Result:
+def _compare_one(name: str, text: str, steps: int, references: dict[Run, Reference]) -> Result:
     layout, batch = ParallelLayout.parse(text), tiny_batch(name)
-    engine = parallelize(tiny_model(name).double(), layout, batch)
-    routed = getattr(engine.skeleton.config, "output_router_logits", False)  # only then do pieces change the loss
-    pieces = engine.pieces * layout.data_parallel if routed else 1
-    if pieces not in references:
-        references[pieces] = reference(name, pieces)
-    want, rows = references[pieces], engine.rows_of(batch)
+    run = Run(name, 1, steps, short=layout.pp == 1)
+    engine = parallelize(run.model(), layout, batch)
+    if getattr(engine.skeleton.config, "output_router_logits", False):  # only then do pieces change the loss
+        run = replace(run, micro_batches=engine.pieces * layout.data_parallel)
+    if run not in references:
+        references[run] = reference(run)
+    want, rows = references[run], engine.rows_of(batch)
     optimizer = engine.adamw(lr=1e-2, eps=1e-3)
     losses: list[float] = []
     worst, where = 0.0, ""
-    for step in range(STEPS):
+    for step in range(steps):
         loss = engine.train_step(rows)
         losses.append(loss.item())
         if step == 0:
@@ -154,6 +171,9 @@ def _compare_one(name: str, text: str, references: dict[int, Reference]) -> Resu
 
 def _worst_gradient(engine: Any, want: Reference) -> tuple[float, str]:
     worst, where = 0.0, ""
+    held = {name for names in from_every_rank([name for name, _ in engine.named_parameters()]) for name in names}
+    if lost := sorted(set(want.gradients) - held):
+        return float("inf"), f"{lost[0]} (no rank holds it)"
     for name, parameter in engine.named_parameters():
         gradient = parameter.grad
         if (gradient is None or not gradient.any()) and name not in want.gradients:

@@ -9,7 +9,8 @@ loop.py                             `generate`: one forward per new token
 ragged.py, runner.py                one forward of rows of any lengths
 scheduler.py, worker.py, row.py      which rows take part in a step; a step; a request on its way
 channel.py, staged.py, sockets.py    pipeline stages with several steps under way; sums between ranks of one host
-transformers_model.py                their modules, our cache
+transformers_model.py, transformers_stages.py   their modules, our cache; over tp and pipeline stages
+weights.py, kernels.py, compiled.py  how matrices lie and are read for few rows, and which is fastest here
 engine.py, setup.py, report.py      the engine, what it is made of, what it holds
 handle.py, text.py                  a request as its owner sees it; text that grows
 speculative.py, draft.py            several tokens per forward

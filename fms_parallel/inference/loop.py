@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from fms_parallel.errors import ConfigError, FmsError, LayoutError
+from fms_parallel.errors import ConfigError, FmsError
 from fms_parallel.inference.cache import KVCache
 from fms_parallel.inference.ranks import SameOnAllRanks
 from fms_parallel.inference.request import Endings, Prompts, Request, read_prompts
@@ -88,8 +88,6 @@ def generate(
         ConfigError: an impossible request, before anything is computed, on every rank alike.
         FmsError: the model's logits are NaN or infinite.
     """
-    if parallel_of(model).context is not None:
-        raise LayoutError("generation does not run over cp: load the checkpoint in a layout without cp.")
     ranks = SameOnAllRanks(parallel_of(model).mesh, _device_of(model))
     failure: ConfigError | None = None
     try:

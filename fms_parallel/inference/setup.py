@@ -19,10 +19,11 @@ from fms_parallel.inference.loop import check_forward
 from fms_parallel.inference.paged import BlockPool
 from fms_parallel.inference.ranks import SameOnAllRanks
 from fms_parallel.inference.report import sizes
-from fms_parallel.inference.runner import ModelRunner, Runner
+from fms_parallel.inference.runner import EvalMode, ModelRunner, Runner
 from fms_parallel.inference.speculative import PromptLookup
 from fms_parallel.inference.staged import StagedRunner
-from fms_parallel.inference.transformers_model import TransformersModel, is_transformers, spread
+from fms_parallel.inference.transformers_model import TransformersModel, is_transformers
+from fms_parallel.inference.transformers_stages import spread
 from fms_parallel.inference.weights import Prepared, prepare_for_decode
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.strategy.base import parallel_of
@@ -181,8 +182,6 @@ def distributed(model: nn.Module, layout: str | ParallelLayout | None) -> nn.Mod
         model = compose(model, wanted.resolve(world, local), device=device)
     if is_transformers(model):
         return TransformersModel(model)
-    if parallel_of(model).context is not None:
-        raise LayoutError("generation does not run over cp: load the checkpoint in a layout without cp.")
     check_forward(model)
     return model
 
@@ -212,7 +211,13 @@ def make_ranks(model: nn.Module, device: torch.device, groups: int | None) -> Sa
 
 def make_runner(model: nn.Module, vocab: int, ranks: SameOnAllRanks) -> Runner:
     """What runs the model."""
-    return StagedRunner(model, vocab, ranks) if isinstance(ranks, StagedRanks) else ModelRunner(model, vocab, ranks)
+    if not isinstance(ranks, StagedRanks):
+        return ModelRunner(model, vocab, ranks)
+    runner = StagedRunner(model, vocab, ranks)
+    if isinstance(model, TransformersModel) and model.expected is not None:
+        with EvalMode(model).no_gradients():
+            model.compare(model.expected, lambda pieces: runner.logits(pieces, None))
+    return runner
 
 
 FAST_WEIGHTS = ("copies", "compiled")

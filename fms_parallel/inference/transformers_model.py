@@ -2,7 +2,7 @@
 
 transformers lets the function that computes attention be replaced. Ours stores keys and values where the engine wants
 them and lets each token see its own row, so rows of any lengths go through the unchanged model side by side, without
-padding. With tp the model is cut by the plan that `auto/` finds.
+padding. With tp the model is cut by the plan that `auto/` finds; with pp see `inference/transformers_stages.py`.
 
     InferenceEngine --ragged [1, N]--> the model's own forward --q, k, v--> RaggedBatch.attend
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fms_parallel.errors import ConfigError, LayoutError
+from fms_parallel.errors import ConfigError
 from fms_parallel.inference.ragged import Piece, RaggedBatch
-from fms_parallel.layout import ParallelLayout
 from fms_parallel.modules.sequences import Wanted
 from fms_parallel.strategy.base import Parallel
 
@@ -49,15 +48,23 @@ def is_transformers(model: nn.Module) -> bool:
 class TransformersModel(nn.Module):
     """A `CausalModel` for the engine around one of transformers, which computes with its own modules and parameters.
 
+    Args:
+        model: of transformers. parallel: how it is spread. parts: of it that run on this rank, when not all do.
     Attributes:
         config: vocab_size, max_positions, heads and layers, under our names. cache_layers: layer -> kv heads and D.
+        expected: of a model in stages: what `alone` gave before it was cut.
     Raises:
         ConfigError: a model whose attention cannot be replaced, or that mixes tokens elsewhere.
     """
 
-    def __init__(self, model: nn.Module, parallel: Parallel | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, parallel: Parallel | None = None, parts: Sequence[nn.Module] | None = None
+    ) -> None:
         super().__init__()
-        self.inner, self.parallel = model, parallel
+        self.inner = model if parts is None else nn.ModuleList(parts)
+        self.parallel = parallel
+        self.expected: Tensor | None = None
+        self.name = type(model).__name__
         theirs: Any = model.config
         _refuse(model, theirs)
         text = theirs.get_text_config()
@@ -72,12 +79,18 @@ class TransformersModel(nn.Module):
             heads=heads,
             layers=text.num_hidden_layers,
         )
+        self.activation_width = text.hidden_size
+        self._attending: list[Any] = [module for module in self.inner.modules() if "layer_idx" in vars(module)]
+        held = {module.layer_idx for module in self._attending}
         self.cache_layers = {layer: (max(1, kv // tp), width) for layer in range(text.num_hidden_layers)}
-        self._attending: list[Any] = [module for module in model.modules() if hasattr(module, "layer_idx")]
-        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._told = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        if parts is not None:
+            self.cache_layers = {layer: size for layer, size in self.cache_layers.items() if layer in held}
+        known = inspect.signature(model.forward).parameters
+        self._keeps = "logits_to_keep" in known
+        self._told = {"use_cache": False} if "use_cache" in known else {}
         _register()
-        self._compare()
+        if parts is None:
+            self.compare(self.alone(), self._side_by_side)
 
     def forward(
         self,
@@ -92,9 +105,15 @@ class TransformersModel(nn.Module):
         """Logits `[1, W, V]` of the wanted positions of a ragged batch `[1, N]`, which is also the cache."""
         if not isinstance(cache, RaggedBatch):
             raise ConfigError("a model of transformers generates through InferenceEngine; or call its own generate.")
+        return self.run(self.inner, cache, input_ids, positions, last)
+
+    def run(
+        self, part: nn.Module, batch: RaggedBatch, input_ids: Tensor, positions: Tensor | None, last: Wanted
+    ) -> Tensor:
+        """`part`, the whole model or a stage of it, over a ragged batch: logits as `forward` says."""
         kept = {"logits_to_keep": last.tokens} if self._keeps else {}
-        with self._rows(cache):
-            out = self.inner(input_ids=input_ids, position_ids=positions, **kept, **self._told)
+        with self._rows(batch):
+            out = part(input_ids=input_ids, position_ids=positions, **kept, **self._told)
         logits: Tensor = out.logits
         return logits if self._keeps else last.of(logits)
 
@@ -116,44 +135,52 @@ class TransformersModel(nn.Module):
             for module in self._attending:
                 vars(module).pop("fms_rows", None)
 
-    def _compare(self) -> None:
-        """Two rows side by side against each by itself."""
+    # ---- what it does against what the model does by itself -----------------------------------------------------
+
+    def test_pieces(self) -> list[Piece]:
+        """Two short rows."""
+        return [Piece([token % self.config.vocab_size for token in row], 0, len(row)) for row in TEST_ROWS]
+
+    def alone(self) -> Tensor:
+        """`[1, N, V]`: the logits of each row by itself, one row after the other; of the whole model."""
         device = next(parameter.device for parameter in self.inner.parameters())
-        pieces = [Piece([token % self.config.vocab_size for token in row], 0, len(row)) for row in TEST_ROWS]
-        batch = RaggedBatch(pieces, None, device, whole=True)
-        training = [module for module in self.inner.modules() if module.training]
-        self.inner.eval()
-        with torch.no_grad():
-            alone = [self.inner(input_ids=torch.tensor([p.tokens], device=device), **self._told).logits for p in pieces]
-            words: dict[str, Any] = {"positions": batch.positions, "first_position": 0, "mask": None}
-            found = self(batch.input_ids, **words, cache=batch, last=batch.wanted)
-        for module in training:
-            module.training = True
-        wanted = torch.cat(alone, 1)
-        far = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
-        if not far <= CLOSE.get(wanted.dtype, 0.1):
+        with _evaluating(self.inner):
+            rows = [torch.tensor([piece.tokens], device=device) for piece in self.test_pieces()]
+            return torch.cat([self.inner(input_ids=row, **self._told).logits for row in rows], 1)
+
+    def _side_by_side(self, pieces: list[Piece]) -> Tensor:
+        batch = RaggedBatch(pieces, None, next(parameter.device for parameter in self.inner.parameters()), whole=True)
+        with _evaluating(self.inner):
+            return self.run(self.inner, batch, batch.input_ids, batch.positions, batch.wanted)
+
+    def compare(self, alone: Tensor, run: Callable[[list[Piece]], Tensor]) -> None:
+        """Hold two rows side by side against each by itself.
+
+        Args:
+            alone: what `alone` gave. run: gives the logits of all tokens of these pieces, `[..., N, V]`.
+        Raises:
+            ConfigError: they differ.
+        """
+        found = run(self.test_pieces()).view(alone.shape)
+        far = float((found - alone).abs().max() / alone.abs().max().clamp(min=1e-12))
+        if not far <= CLOSE.get(alone.dtype, 0.1):
             raise ConfigError(
-                f"{type(self.inner).__name__}: two rows side by side have logits {far:.1e} away from those of each by "
-                "itself: this model mixes tokens elsewhere than in attention. Use its own generate()."
+                f"{self.name}: two rows side by side have logits {far:.1e} away from those of each by itself: this "
+                "model mixes tokens elsewhere than in attention. Use its own generate()."
             )
 
 
-def spread(model: nn.Module, layout: ParallelLayout) -> TransformersModel:
-    """A model of transformers cut over tp by the plan that `auto/` finds; each rank holds the same weights before."""
-    from fms_parallel.auto import parallelize
-
-    if layout.world_size != layout.tp or layout.sp:
-        raise LayoutError(
-            f"layout {str(layout)!r}: a model of transformers generates over tp only. For others load it "
-            'as one of ours: get_model("hf_pretrained", model_path=FOLDER, distributed_strategy=...).'
-        )
-    if layout.tp == 1:
-        return TransformersModel(model)
-    example = torch.zeros(2, 8, dtype=torch.int64)
-    training = model.training
-    engine = parallelize(model, layout, {"input_ids": example, "labels": example}, task="causal_lm")
-    (stage,) = engine.stages
-    return TransformersModel(stage.model.train(training), Parallel(engine.layout, engine.mesh))
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients, inside."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _refuse(model: nn.Module, config: Any) -> None:

@@ -18,7 +18,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -95,7 +94,8 @@ def prepare_for_decode(model: nn.Module, rows: int = 1, compiled: bool = False) 
             they read the parameters themselves, without a copy, and nearly as fast as memory gives. It takes seconds
             for each shape (less the second time), and a C++ compiler.
     Raises:
-        ConfigError: compiled without a compiler; a model without such matrices, one sharded by FSDP, on the meta device, or prepared already.
+        ConfigError: compiled without a compiler; a model without such matrices, one sharded by FSDP, on the meta
+            device, or prepared already.
     """
     if rows < 1:
         raise ConfigError(f"rows={rows}: must be >= 1.")

@@ -25,7 +25,7 @@ NEW = 6
 FEW = 5
 """Tokens, of which the last of four ranks has none."""
 LAYOUTS = {
-    2: [("tp=2", 1), ("tp=2", 2), ("tp=2,sp", 2), ("fsdp=2", 2), ("dp=2", 2)],
+    2: [("tp=2", 1), ("tp=2", 2), ("tp=2,sp", 2), ("fsdp=2", 2), ("dp=2", 2), ("cp=2", 2)],
     4: [("tp=4", 2), ("fsdp=2,tp=2", 2)],
 }
 CASES = [(world, layout, kv) for world, several in LAYOUTS.items() for layout, kv in several]

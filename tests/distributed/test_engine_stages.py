@@ -66,7 +66,7 @@ SHORT: dict[int, list[tuple[Build, str]]] = {
         *((tied, "pp=2"), (mistral, "pp=2"), (gpt_bigcode, "pp=2,stage_split=2,1")),
         *((tied, "pp=2,schedule=zbv,virtual_stages=2"), (deep, "pp=2,schedule=interleaved1f1b,virtual_stages=2")),
     ],
-    4: [(deep, "pp=4"), (mistral, "pp=2,tp=2,sp"), (tied, "pp=2,fsdp=2"), (gpt_bigcode, "pp=2,dp=2")],
+    4: [(deep, "pp=4"), (mistral, "pp=2,tp=2,sp"), (tied, "pp=2,fsdp=2"), (gpt_bigcode, "pp=2,cp=2")],
 }
 """World size -> models and layouts that must give a few."""
 

@@ -10,7 +10,7 @@ import torch
 
 from fms_parallel.errors import ConfigError, LayoutError
 from fms_parallel.inference import InferenceEngine, PromptLookup
-from fms_parallel.inference.transformers_model import spread
+from fms_parallel.inference.transformers_stages import spread
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.models import get_model
 
@@ -157,6 +157,6 @@ def test_a_model_that_mixes_tokens_elsewhere_is_refused() -> None:
     assert theirs.training  # as it was found
 
 
-def test_layouts_of_their_modules_are_refused_but_tp() -> None:
-    with pytest.raises(LayoutError, match="over tp only"):
-        spread(other_model("Llama", GATED), ParallelLayout(pp=2, microbatches=2))
+def test_layouts_of_their_modules_are_refused_but_tp_and_pp() -> None:
+    with pytest.raises(LayoutError, match="over tp and pp only"):
+        spread(other_model("Llama", GATED), ParallelLayout(fsdp=2))
