@@ -19,8 +19,8 @@ from fms_parallel.errors import ConfigError, FmsError
 LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Timed out", "Broken pipe", "NCCL")
 """How torch's backends say that another rank has gone."""
 
-FOLLOWERS_WAIT = 5.0
-WITNESSES_WAIT = 8.0
+FOLLOWERS_WAIT = 10.0
+WITNESSES_WAIT = 14.0
 """Seconds. The launcher ends all ranks when the first one exits, so who knows most must speak first: rank 0 of ranks
 that make the same mistake, and a rank that failed before those that only lost contact with it."""
 

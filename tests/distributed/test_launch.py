@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -30,6 +31,11 @@ def test_answers_come_in_rank_order_and_ranks_see_what_torchrun_would_say(world_
         assert launch == Launch(rank, world_size, rank, world_size)
         assert received[:2] == arguments[:2] and received[2].equal(arguments[2])
     assert len(answers) == world_size
+
+
+def test_the_collector_of_a_rank_leaves_alone_what_the_server_has_loaded() -> None:
+    """Else each rank looks through all of torch when it ends, which takes longer than most jobs."""
+    assert min(run_ranks(gc.get_freeze_count, 2)) > 50_000
 
 
 def big_tensor() -> torch.Tensor:
