@@ -16,11 +16,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fms_parallel.checkpoint.adapter import Adapter
 from fms_parallel.checkpoint.export import save_weights
 from fms_parallel.checkpoint.load import load_weights
+from fms_parallel.checkpoint.low_rank import load_factors, save_factors
 from fms_parallel.distributed.start import Launch, pick_device
 from fms_parallel.errors import CheckpointError, ConfigError, LayoutError, unknown
 from fms_parallel.layout import ParallelLayout
+from fms_parallel.modules.low_rank import LowRank, is_adapter, without_adapters
 from fms_parallel.shape import ModelShape
 from fms_parallel.strategy.base import Strategy
 from fms_parallel.strategy.compose import DTYPES as STORED_AS
@@ -85,6 +88,7 @@ def get_model(
     mesh: DeviceMesh | None = None,
     linear_type: str | None = None,
     linear_skip: tuple[str, ...] = (),
+    adapters: LowRank | None = None,
     **overrides: Any,
 ) -> nn.Module:
     """Build a model, spread it over the ranks, and fill it.
@@ -104,6 +108,7 @@ def get_model(
         fill: writes the weights instead, say from a training checkpoint. mesh: the layout's, when it exists already.
         linear_type: how matrices are stored (`int8`); weights are rounded while they are read. None: in `data_type`.
         linear_skip: modules whose matrices are not, as `skip` of `modules.linear_types.quantise`.
+        adapters: matrices that get low-rank adapters, drawn from `seed`; everything else is frozen.
         overrides: config fields to replace.
     Returns:
         the module, holding this rank's shards, with `.config` and `.parallel`.
@@ -128,6 +133,8 @@ def get_model(
     device = pick_device(device_type, launch)
     with torch.device("meta"):
         model = known.build(config)
+    if adapters is not None:
+        _give_adapters(model, adapters, linear_type)
     if fill is not None and model_path is not None:
         raise ConfigError(f"model_path={str(model_path)!r} and fill both write the weights: give one of them.")
     if linear_type is not None:
@@ -137,6 +144,8 @@ def get_model(
             tensors = open_native(known, config, Path(model_path), source)
         fill = quantised_filler(model, linear_type, linear_skip, tensors, str(model_path or f"seed {seed}"))
     fill = fill or _filler(known, config, model_path, source, seed)
+    if adapters is not None and model_path is not None:
+        fill = _beside_adapters(fill, seed)
     if strategy is not None:
         model = strategy.distribute(model if dtype is None else model.to(dtype))
         materialise(model, device)
@@ -158,7 +167,55 @@ def save_hf(model: nn.Module, folder: str | Path) -> None:
     if known.to_hf is None or "hf" not in known.adapters:
         raise ConfigError(f"{known.name} has no Hugging Face form.")
     text = json.dumps(known.to_hf(model.config), indent=2)
-    save_weights(model, folder, known.adapters["hf"](model.config), extra_files={"config.json": text})
+    with without_adapters(model):
+        save_weights(model, folder, known.adapters["hf"](model.config), extra_files={"config.json": text})
+
+
+def save_lora(model: nn.Module, folder: str | Path) -> None:
+    """Write the adapters of a model of `get_model` as peft reads them beside the model of `save_hf`. Collective.
+
+    Raises:
+        ConfigError: it has no adapters, or no Hugging Face form.
+    """
+    save_factors(model, folder, _hf_names(model))
+
+
+def load_lora(model: nn.Module, folder: str | Path) -> None:
+    """Fill the adapters from what `save_lora` (or peft) wrote, in any layout. Collective.
+
+    Raises:
+        CheckpointError: adapters of other matrices or of another rank; of a fused matrix, parts with different A.
+    """
+    load_factors(model, folder, _hf_names(model))
+
+
+def _hf_names(model: nn.Module) -> Adapter:
+    known = REGISTRY.get(getattr(model, "architecture", ""))
+    if "hf" not in known.adapters:
+        raise ConfigError(f"{known.name} has no Hugging Face form.")
+    return known.adapters["hf"](model.config)
+
+
+def _give_adapters(model: nn.Module, adapters: LowRank, linear_type: str | None) -> None:
+    from fms_parallel.auto.lora import add_low_rank
+
+    if linear_type is not None:
+        raise ConfigError(
+            f"linear_type={linear_type!r} with adapters: such weights pass no gradient on to what is before them. "
+            "Leave one of them out."
+        )
+    add_low_rank(model, adapters)
+
+
+def _beside_adapters(fill: Callable[[nn.Module], None], seed: int) -> Callable[[nn.Module], None]:
+    """Fills a model with adapters from weights that have none; the adapters start as `seed` says."""
+
+    def filled(model: nn.Module) -> None:
+        initialise(model, seed, only=is_adapter)
+        with without_adapters(model):
+            fill(model)
+
+    return filled
 
 
 def _layout(word: str | ParallelLayout | None, launch: Launch, shape: ModelShape) -> ParallelLayout:

@@ -5,6 +5,7 @@
     Rows(transposed=True)               such a matrix, cut along what it reads
     Features()                          an embedding cut along its width: a position bias with a value for each head
     Experts()                           a mixture's experts, 3-D weights: each rank has some of them
+    ExpertWidths(width=48)              the same where tp does not divide their number: each rank has a part of each
     Numbers(("num_heads",))             no cut: these attributes are divided by tp
 
 A matrix with several parts is stored in one piece for each rank, because checkpoints, shards and saving know boxes, and
@@ -85,6 +86,17 @@ class Experts(Word):
 
 
 @dataclass(frozen=True)
+class ExpertWidths(Word):
+    """Gated experts, gate and up in one `[X, 2 F, E]` and down `[X, E, F]`, called likewise; `width` is F."""
+
+    width: int
+
+    def style(self, name: str, sp: bool, door: Door, recurse: bool) -> PlannedStyle:
+        """As `Word.style`."""
+        return ExpertWidthsStyle(self, name, sp, door, recurse)
+
+
+@dataclass(frozen=True)
 class Numbers(Word):
     """Attributes of a module that count what each rank has 1/tp of."""
 
@@ -154,14 +166,33 @@ class FeaturesStyle(PlannedStyle):
         return found
 
 
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+"""transformers' names of a mixture's stacked matrices."""
+
 EXPERT_INPUTS = ("hidden_states", "top_k_index", "top_k_weights")
 """What transformers' modules of experts are called with: `[T, E]`, `[T, k]`, `[T, k]`."""
 
 
-def experts_of(model: nn.Module, tp: int) -> dict[str, Experts]:
-    """Modules of experts of which each rank gets equally many."""
-    found = {name: module for name, module in model.named_modules() if _is_experts(module)}
-    return {name: Experts() for name, module in found.items() if module.num_experts % tp == 0}  # type: ignore[operator]
+def experts_of(model: nn.Module, tp: int) -> dict[str, Word]:
+    """Modules of experts of which each rank gets equally many, or an equal part of each; others stay whole."""
+    found: dict[str, Word] = {}
+    for name, module in model.named_modules():
+        if _is_experts(module):
+            width = _width_of_gated(module)
+            if module.num_experts % tp == 0:  # type: ignore[operator]
+                found[name] = Experts()
+            elif width is not None and width % tp == 0:
+                found[name] = ExpertWidths(width)
+    return found
+
+
+def _width_of_gated(module: nn.Module) -> int | None:
+    """F of experts that are `gate_up_proj [X, 2 F, E]` and `down_proj [X, E, F]`, and nothing else."""
+    if set(module._parameters) != {GATE_UP, DOWN}:
+        return None
+    both, down = (tuple(module.get_parameter(name).shape) for name in (GATE_UP, DOWN))
+    count, width, hidden = down[0], down[1], down[-1]
+    return hidden if both == (count, 2 * hidden, width) else None
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -201,6 +232,38 @@ class ExpertsStyle(PlannedStyle):
         weights = copy_in(weights, self.axis) * here
         with self.plain_parameters(module):
             return self.leave(inner(self.door.enter(x, self.axis), mine, weights))
+
+
+class ExpertWidthsStyle(PlannedStyle):
+    """Each rank holds F/tp of every expert; the sum ends it.
+
+    Gate and up are stored in one piece for each rank and dealt out when used, as packed columns are.
+    """
+
+    def __init__(self, word: ExpertWidths, name: str, sp: bool, door: Door, recurse: bool = True) -> None:
+        super().__init__(name, sp, door, recurse)
+        self.word = word
+
+    def check(self, module: nn.Module, tp: int) -> None:
+        if self.word.width % tp:
+            raise LayoutError(f"{self.name}: tp={tp} does not divide F={self.word.width}: leave the word out.")
+
+    def placement(self, name: str) -> Placement:
+        return Shard(1) if name == GATE_UP else Shard(2)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        super()._apply(module, device_mesh)
+        self.plan = dealing((self.word.width, self.word.width), self.axis)
+        return module
+
+    def run(self, module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        x, index, weights = signature(inner).bind(*args, **kwargs).args
+        with self.plain_parameters(module):
+            stored = module._parameters[GATE_UP]
+            assert stored is not None
+            dealt = deal(stored.transpose(0, 1).contiguous(), self.plan).transpose(0, 1).contiguous()
+            module._parameters[GATE_UP] = dealt  # type: ignore[assignment]  # put back with the others
+            return self.leave(inner(self.door.enter(x, self.axis), index, copy_in(weights, self.axis)))
 
 
 def use_words(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fms_parallel.distributed.collectives import TokenRun
 from fms_parallel.modules.first_order import first_order
+from fms_parallel.modules.low_rank import A, B
 
 Bias = Tensor | None
 
@@ -65,9 +66,11 @@ class Multiplies(nn.Module):
     Attributes:
         fast: group -> what multiplies in its place while no gradient is recorded; never part of the module's state.
         bias_after: groups whose bias is not theirs to add: the module adds it after a sum over ranks.
+        adapted: owners whose matrices have adapters (`modules/low_rank.py`) -> what those are scaled by.
     """
 
     fast: Mapping[str, Product] = MappingProxyType({})
+    adapted: Mapping[str, float] = MappingProxyType({})
     bias_after: frozenset[str] = frozenset()
 
     def groups(self) -> dict[str, tuple[str, ...]]:
@@ -76,6 +79,10 @@ class Multiplies(nn.Module):
 
     def piece(self, owner: str, parameter: Tensor, like: Tensor) -> Tensor:
         """The part of a parameter of `owner` that is used here, in the dtype of `like`."""
+        return parameter.to(like.dtype)
+
+    def factor(self, parameter: Tensor, like: Tensor) -> Tensor:
+        """An adapter's factor that no piece of its matrix's rows is taken of, in the dtype of `like`."""
         return parameter.to(like.dtype)
 
     def matrices(self, group: str, like: Tensor) -> Matrices:
@@ -96,10 +103,28 @@ class Multiplies(nn.Module):
 
     def multiply(self, group: str, x: Input) -> tuple[Tensor, ...]:
         """`x [..., E]` times each matrix of a group -> one `[..., N_i]` each."""
+        if self.adapted:
+            return self._multiply_adapted(group, x)
         fast = self.fast.get(group)
         if fast is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return fast(x)  # type: ignore[arg-type]  # runs are only read while gradients are recorded
         return shared_linear(x, *self.matrices(group, x.run if isinstance(x, TokenRun) else x))
+
+    def _multiply_adapted(self, group: str, x: Input) -> tuple[Tensor, ...]:
+        """The first factors multiply what the matrices do; the second ones add to what those gave."""
+        like = x.run if isinstance(x, TokenRun) else x
+        owners, held = self.groups()[group], self.matrices(group, like)
+        adapted = [owner for owner in owners if owner in self.adapted]
+        firsts = [self.factor(getattr(self, owner + A).weight, like) for owner in adapted]
+        given = shared_linear(x, (*held.weights, *firsts), (*held.biases, *[None] * len(firsts)))
+        found, inner = list(given[: len(owners)]), dict(zip(adapted, given[len(owners) :], strict=True))
+        for place, owner in enumerate(owners):
+            if owner in inner:
+                # Where the group's results are partial sums, B is whole and each rank uses it on its part of the sum.
+                take = self.factor if group in self.bias_after else partial(self.piece, owner)
+                second = take(getattr(self, owner + B).weight, like).flatten(0, -2)
+                found[place] = found[place] + F.linear(inner[owner], second) * self.adapted[owner]
+        return tuple(found)
 
 
 def shared_linear(x: Input, weights: Sequence[Weight], biases: Sequence[Bias]) -> tuple[Tensor, ...]:

@@ -28,6 +28,7 @@ from fms_parallel.distributed.collectives import Axis, TokenRun, copy_in, gather
 from fms_parallel.errors import LayoutError
 from fms_parallel.modules.linear import Input
 from fms_parallel.modules.linear_types import SCALE, scale_placement
+from fms_parallel.modules.low_rank import factor_placement, matrix_of
 
 
 class TPModule(nn.Module):
@@ -91,6 +92,11 @@ class TPModule(nn.Module):
         """A replicated parameter that each rank uses differently (its own heads): the gradient is a partial sum."""
         return local(parameter, Partial()).to(like.dtype)
 
+    def factor(self, parameter: Tensor, like: Tensor) -> Tensor:
+        """An adapter's factor: cut along with its matrix, or whole and used on this rank's share of the other one."""
+        whole = isinstance(parameter, DTensor) and parameter.placements[0].is_replicate()
+        return self.summed(parameter, like) if whole else self.shard(parameter, like)
+
 
 def local(parameter: Tensor, grad: Placement | None = None) -> Tensor:
     """The plain tensor this rank holds of a parameter; `grad` says what its gradient is (default: as it is stored)."""
@@ -124,6 +130,9 @@ def adopt(module: nn.Module, mesh: DeviceMesh, sp: bool) -> nn.Module:
     for name in [name for name in mine if name.endswith(SCALE)]:
         weight = name.removesuffix(SCALE)
         placements[name] = scale_placement(placements[weight], module.get_parameter(weight).ndim)
+    for name in mine:
+        if (matrix := matrix_of(name)) is not None:
+            placements[name] = factor_placement(name, placements[matrix], module.get_parameter(matrix).ndim)
     if missing := sorted(set(mine) - set(placements)):
         raise LayoutError(f"{twin.__name__} does not say where {', '.join(missing)} are cut.")
     for name in mine:

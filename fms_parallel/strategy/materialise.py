@@ -7,7 +7,7 @@ left with whatever the memory held before.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +37,18 @@ def materialise(model: nn.Module, device: torch.device, parameters_on: torch.dev
                 seen.add(id(store[name]))
 
 
-def initialise(model: nn.Module, seed: int) -> None:
+def initialise(model: nn.Module, seed: int, only: Callable[[str], bool] = lambda name: True) -> None:
     """Draw every parameter from (seed, its name): the same global weights in every layout, bit for bit.
 
+    Args:
+        only: of these names.
     Raises:
         ConfigError: a parameter that no module says how to start.
     """
     with torch.no_grad():
         for name, parameter, init in initial_values(model):
+            if not only(name):
+                continue
             box, shape = local_box(parameter), tuple(parameter.shape)
             init.fill(local_tensor(parameter), box, shape, key=f"{seed}/{name}")
 

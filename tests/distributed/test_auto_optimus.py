@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
 
 from fms_parallel.auto.families import tiny_batch, tiny_model
 from fms_parallel.auto.optimus import Optimus_p
@@ -89,6 +91,102 @@ def test_one_process_needs_no_launcher() -> None:
     assert script("gpt2", "gpipe", {}, 2, False) == pytest.approx(alone("gpt2", 2), rel=1e-5)
 
 
+TEXTS = [("the quick brown fox jumps over the lazy dog " * 3)[i : i + 7 + i % 5] for i in range(22)]
+
+
+def tokenizer(texts: list[str]) -> Any:
+    """Letters, padded to the longest."""
+    rows = [torch.tensor([ord(letter) % 90 + 3 for letter in text]) for text in texts]
+    return SimpleNamespace(input_ids=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+
+
+def published(max_norm: float, **options: Any) -> list[float]:
+    """A training script as OptimusPrime publishes them, with another import and on the CPU."""
+    from fms_parallel.auto.optimus import IR_Anal, Optimus_p
+
+    model, batch_size, num_mb = tiny_model("gpt2"), 4, 2
+    optimus_p = Optimus_p(
+        model,
+        num_mb,
+        use_gpu=False,
+        activation_ckpt=False,
+        preserve_output=True,
+        force_free_mem=True,
+        display_mem=False,
+        ir_analyze=IR_Anal.PARALLEL,
+        partitioner="simple",
+        **options,
+    )
+    optimus_p.train()
+    optimus_p.optimizer = torch.optim.Adam(optimus_p.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimus_p.optimizer, 1, gamma=0.95)
+    dataloader = optimus_p.prepare_dataloader(TEXTS, batch_size)
+    losses = []
+    for batch in dataloader:
+        data, labels = None, None
+        if optimus_p.is_first_stage():
+            tokens = tokenizer(batch)
+            data, labels = tokens.input_ids, tokens.input_ids
+        labels = optimus_p.move_labels2last_stage(labels)
+        optimus_p.optimizer.zero_grad()
+        optimus_p.run(data, labels, mode="1f1b")
+        loss = optimus_p.get_loss() if optimus_p.is_last_stage() else None
+        torch.nn.utils.clip_grad_norm_(optimus_p.parameters(), max_norm)
+        optimus_p.optimizer.step()
+        scheduler.step()
+        if loss is not None:
+            output = optimus_p.get_output()
+            assert output is not None and output.shape[:2] == labels.shape
+            losses.append(sum(loss) / optimus_p.num_mb)
+    return losses
+
+
+def plain(max_norm: float, replicas: int) -> list[list[float]]:
+    """The same in one process that reads what all replicas read; each replica's own loss of every step."""
+    loaders = [
+        DataLoader(TEXTS, 4, sampler=DistributedSampler(TEXTS, replicas, index))  # type: ignore[arg-type, var-annotated]
+        for index in range(replicas)
+    ]
+    model = tiny_model("gpt2")
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.95)
+    losses = []
+    for batches in zip(*loaders, strict=True):
+        optimizer.zero_grad()
+        pieces = [tokenizer(batch).input_ids for batch in batches]
+        found = [model(piece, labels=piece).loss for piece in pieces]
+        counts = [piece[:, 1:].numel() for piece in pieces]
+        sum(loss * count / sum(counts) for loss, count in zip(found, counts, strict=True)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        scheduler.step()
+        losses.append([loss.item() for loss in found])
+    return losses
+
+
+PUBLISHED: list[tuple[float, dict[str, Any]]] = [
+    (1e9, {}),  # torch's clipping sees one stage, as in OptimusPrime
+    (1e9, {"swap_opt_in_fwdbwd": True, "swap_model_in_optstep": True}),
+    (0.5, {"dp_size": 2}),
+]
+
+
+def every_published() -> list[list[float]]:
+    return [published(norm, **options) for norm, options in PUBLISHED]
+
+
+def test_the_published_script_with_another_import_equals_plain_torch() -> None:
+    answers = run_ranks(every_published, 2)
+    for case, (norm, options) in enumerate(PUBLISHED):
+        replicas = options.get("dp_size", 1)
+        wanted = plain(norm, replicas)
+        for replica in range(replicas):
+            found = answers[replica if replicas > 1 else 1][case]
+            assert len(found) == -(-22 // (4 * replicas))
+            assert found == pytest.approx([losses[replica] for losses in wanted], rel=2e-4), options
+        assert replicas > 1 or answers[0][case] == []  # no loss where the pipeline begins
+
+
 def saved_and_loaded(folder: str) -> tuple[list[float], list[float], tuple[int, int]]:
     def steps(optimus_p: Any, numbers: range) -> list[float]:
         found = []
@@ -117,7 +215,13 @@ def test_a_checkpoint_goes_on_and_weights_are_transformers(tmp_path: Path) -> No
 
 
 def wrongly(case: str) -> None:
-    sizes: dict[str, Any] = {"swap alone": {"swap_model_in_optstep": True}, "sizes": {"dp_size": 3}}.get(case, {})
+    sizes: dict[str, Any] = {
+        "swap alone": {"swap_model_in_optstep": True},
+        "sizes": {"dp_size": 3},
+        "disk": {"swap_use_disk": True},
+        "option": {"force_mem": True},
+        "partitioner": {"partitioner": "ilp"},
+    }.get(case, {})
     optimus_p = Optimus_p(tiny_model("gpt2"), 2, use_gpu=False, **sizes, swap_opt_in_fwdbwd=case in ("sgd", "none"))
     if case == "sgd":
         optimus_p.optimizer = torch.optim.SGD(optimus_p.parameters(), lr=1e-2)
@@ -131,6 +235,9 @@ WRONG = {
     "none": "set optimus_p.optimizer before run",
     "labels": "labels are neither the ids nor the next ids",
     "mode": "unknown mode 'zb'",
+    "disk": "swap_use_disk: the swaps go to host memory",
+    "option": "unknown option of Optimus_p 'force_mem'. Did you mean 'force_free_mem'",
+    "partitioner": "unknown partitioner 'ilp'",
 }
 
 

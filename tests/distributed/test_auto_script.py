@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fms_parallel.cli import run
 from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.errors import LayoutError
-from scripts.train_hf_pipeline import build_parser, train
-from tests.distributed.test_scripts import ROOT, finish, start
+from scripts.train_hf_pipeline import build_parser, main, train
+from tests.distributed.test_scripts import finish, start
 
 pytest.importorskip("transformers")
 
@@ -51,8 +51,12 @@ def test_two_stages_print_what_two_shards_print(tmp_path: Path) -> None:
         assert "2 stages need 2 numbers >= 1 that add up to 4 blocks" in said
 
 
-def test_a_mistake_is_one_sentence_and_an_exit_code() -> None:
-    words = ["scripts/train_hf_pipeline.py", "--model", "gpt2", "--distributed", "pp=2"]
-    alone = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert alone.returncode == 2
-    assert alone.stderr.startswith("error: ") and alone.stderr.count("\n") == 1
+def test_a_mistake_is_one_sentence_and_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_hf_pipeline.py", "--model", "gpt2", "--distributed", "pp=2"])
+    with pytest.raises(SystemExit) as exit:
+        run(main)
+    said = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert said.startswith("error: ") and said.count("\n") == 1

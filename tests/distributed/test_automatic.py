@@ -1,9 +1,10 @@
-"""`--distributed auto` under torchrun: the losses of one process, a run that goes on, and what is refused."""
+"""`--distributed auto` as torchrun starts it; in ranks that have everything loaded it goes on; and what is refused."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.errors import ConfigError, LayoutError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.models import get_config
@@ -20,6 +22,14 @@ from scripts import automatic, common, train_causal, train_masked
 from tests.distributed.test_scripts import SMALL, finish, start, text
 
 __all__ = ["text"]
+
+
+def in_ranks(words: list[str]) -> str:
+    """What `train_causal.py` prints on this rank."""
+    sys.argv, out = ["train_causal.py", *words], io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert train_causal.main() == 0
+    return out.getvalue()
 
 
 def test_two_ranks_train_as_one_process_and_go_on(text: Path, tmp_path: Path) -> None:
@@ -32,10 +42,9 @@ def test_two_ranks_train_as_one_process_and_go_on(text: Path, tmp_path: Path) ->
     assert layout.world_size == 2
     assert f"planned for cpu:2 (this machine, the constants that the library brings along): {layout}, " in out
     assert run["planned"]["cluster"] == "cpu:2" and run["planned"]["step_time_s"] > 0
-    one = [sys.executable, "scripts/train_causal.py", *words, "--output_path", str(tmp_path / "one"), "--steps", "5"]
-    subprocess.run(one, cwd=automatic.__file__.rsplit("/", 2)[0], check=True, capture_output=True, timeout=120)
-    code, out, err = finish(start("scripts/train_causal.py", *auto, "--steps", "5", "--resume", "auto"))
-    assert code == 0 and "planned for cpu:2" in out, err
+    run_ranks(in_ranks, 1, [*words, "--output_path", str(tmp_path / "one"), "--steps", "5"])
+    first, _ = run_ranks(in_ranks, 2, [*auto, "--steps", "5", "--resume", "auto"])
+    assert "planned for cpu:2" in first
     ours, theirs = read_metrics(tmp_path / "auto" / METRICS), read_metrics(tmp_path / "one" / METRICS)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3, 4, 5]
     for name in ("loss", "grad_norm"):
