@@ -28,8 +28,8 @@ from fms_parallel.data import RandomRows
 from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.dynamic.hardware import HardwareProfiler
 from fms_parallel.dynamic.manager import ParallelismManager, train_step
-from fms_parallel.dynamic.phases import Phase
 from fms_parallel.models import get_model
+from fms_parallel.phases import Phase
 
 DYNAMIC = "dynamic"
 

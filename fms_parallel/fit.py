@@ -21,6 +21,8 @@ def check_fit(layout: ParallelLayout, shape: ModelShape) -> None:
     _check_tensor(layout, shape)
     _check_context(layout, shape)
     _check_stages(layout, shape)
+    if layout.keep_gathered > shape.layers:
+        raise LayoutError(f"keep_gathered={layout.keep_gathered}: the model has {shape.layers} blocks; keep so many.")
     check_schedule(layout)
     if shape.tied:
         check_tied(layout, "embedding and head")

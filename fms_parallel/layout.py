@@ -65,6 +65,7 @@ class ParallelLayout:
             `budget=0.5` (compiled blocks keep that fraction of what they would keep).
         precision: what matrices are multiplied in; parameters and optimizer keep fp32 under bf16.
         offload: what lives on the host between uses.
+        keep_gathered: with fsdp, of a model's blocks so many, the last ones, stay whole between forward and backward.
         hsdp: dp and fsdp are still open, together, until `resolve` is called.
     """
 
@@ -83,6 +84,7 @@ class ParallelLayout:
     recompute: str = "none"
     precision: str = "fp32"
     offload: str = "none"
+    keep_gathered: int = 0
     hsdp: bool = False
 
     def __post_init__(self) -> None:
@@ -97,8 +99,8 @@ class ParallelLayout:
 
     def _check_kinds(self) -> None:
         """Whole numbers and flags, also when they come from JSON."""
-        for name in (*AXES, "microbatches", "virtual_stages"):
-            value, least = getattr(self, name), REST if name in AXES else 1
+        for name in (*AXES, "microbatches", "virtual_stages", "keep_gathered"):
+            value, least = getattr(self, name), 1 if name in ("microbatches", "virtual_stages") else 0
             if not _is_count(value, least):
                 raise LayoutError(f"{name}={value!r}: needs a whole number >= 1, as in {name}=2.")
         for name in _FLAGS:
@@ -118,6 +120,9 @@ class ParallelLayout:
             raise LayoutError("loss_parallel=off with tp=1: the vocabulary is cut over tp; add tp=N or drop it.")
         if self.cp == 1 and self.cp_method != "ring":
             raise LayoutError(f"cp_method={self.cp_method} with cp=1: add cp=N or drop it.")
+        if self.keep_gathered and (self.pp != 1 or (self.fsdp == 1 and not self.hsdp)):
+            rule = "without fsdp nothing is gathered" if self.pp == 1 else "a pipeline's stage keeps all of its blocks"
+            raise LayoutError(f"keep_gathered={self.keep_gathered}: {rule}; drop it, or use fsdp=N without pp.")
         if self.pp == 1:
             for name in ("schedule", "microbatches", "virtual_stages", "stage_split"):
                 value = getattr(self, name)
@@ -358,7 +363,7 @@ _CHOICE_WORDS = {**_CHOICES, "recompute": RECOMPUTE_WORDS, "schedule": (*SCHEDUL
 _READERS: dict[str, Callable[[str, str | None], Any]] = {
     **{axis: read_degree for axis in AXES},
     **{name: read_flag for name in _FLAGS},
-    **{name: read_number for name in ("microbatches", "virtual_stages")},
+    **{name: read_number for name in ("microbatches", "virtual_stages", "keep_gathered")},
     **{name: choice_reader(known) for name, known in _CHOICE_WORDS.items()},
     "stage_split": read_numbers,
 }

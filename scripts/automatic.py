@@ -104,25 +104,13 @@ def runnable(args: argparse.Namespace, config: Any) -> Callable[[ParallelLayout]
     """A function that raises for every layout which this model cannot run in."""
     import torch
 
-    from fms_parallel.fit import check_fit
     from fms_parallel.models.build import find_model
-    from fms_parallel.strategy.compose import refuse_unimplemented
-    from fms_parallel.strategy.context import refuse_without_context
-    from fms_parallel.strategy.stages import refuse_unless_stageable
+    from fms_parallel.strategy.compose import refuses
 
     known, _ = find_model(args.architecture, args.variant, args.model_path, {})
     with torch.device("meta"):
         model: nn.Module = known.build(config)
-    shape = config.shape()
-
-    def refuse(layout: ParallelLayout) -> None:
-        check_fit(layout, shape)
-        refuse_unimplemented(layout)
-        refuse_without_context(type(model), layout)
-        if layout.pp > 1:
-            refuse_unless_stageable(model)
-
-    return refuse
+    return refuses(model, config.shape())
 
 
 def agree(planned: dict[str, Any], layout: ParallelLayout, launch: Launch) -> None:

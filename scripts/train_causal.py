@@ -65,6 +65,7 @@ def train_with(
     if args.elastic:
         return changing.run_elastic(args, options, layout, overrides)
     layouts = changing.read_schedule(args, config, layout)
+    changing.check_phases(args, layout, layouts)
     with process_group(args.device_type, args.timeout) as launch:
         log_to_stderr(logging.INFO, launch.rank)
         automatic.agree(planned, layout, launch)
@@ -95,6 +96,7 @@ def train_with(
             on_step=changing.hearers(switches, progress),
             sample=sampler(tokenizer, args) if options.sample_steps else None,
             between_steps=switches,
+            phases=args.phases,
         )
         changing.finish(switches, options, launch)
         if launch.rank == 0:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FACE = "fms_parallel"
 FLOORS = {
-    **dict.fromkeys((FACE, "layout", "fit", "nearest", "words", "schedules", "schedule_file", "shape"), 1),
+    **dict.fromkeys((FACE, "layout", "fit", "nearest", "words", "schedules", "schedule_file", "shape", "phases"), 1),
     **dict.fromkeys(("errors", "log", "compat", "cli"), 1),
     **dict.fromkeys(("distributed", "data", "tokenizers"), 2),
     **dict.fromkeys(("modules", "planner"), 3),

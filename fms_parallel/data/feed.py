@@ -17,8 +17,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fms_parallel.data.rows import IGNORE, ChangingRows, RowDataset, seeded
+from fms_parallel.data.rows import IGNORE, ChangingRows, RowDataset, Shortened, seeded
 from fms_parallel.errors import ConfigError, DataError
+from fms_parallel.phases import Phases
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Feed:
         shard: `(index, count)`: of a step this feed reads the index-th count-th. Ranks that work on the same rows
             (tensor, context or pipeline neighbours) have the same shard.
         micro_batches: pieces that a shard's rows are worked on in.
+        phases: what each step works on, where that changes on the way; `global_batch` says nothing then.
 
     Raises ConfigError when shards and micro-batches do not divide `global_batch`, DataError for a dataset without rows.
     """
@@ -68,32 +70,44 @@ class Feed:
         seed: int,
         shard: tuple[int, int] = (0, 1),
         micro_batches: int = 1,
+        phases: Phases | None = None,
     ) -> None:
         index, count = shard
         if not 0 <= index < count:
             raise ConfigError(f"shard {index} of {count}: the index must lie in [0, {count}).")
-        check_divides(global_batch, count, micro_batches)
+        if phases is None:  # else it is the step that matters: another layout may run a later phase
+            check_divides(global_batch, count, micro_batches)
         if not len(dataset):
             raise DataError("the dataset has no rows; add data or use a shorter seq_len.")
         self.dataset = dataset
-        self.global_batch = global_batch
         self.seed = seed
         self.shard = shard
         self.micro_batches = micro_batches
+        self.phases = phases or Phases((), dataset.seq_len, global_batch)
+        if self.phases.longest > dataset.seq_len:
+            raise ConfigError(
+                f"a phase has rows of {self.phases.longest} tokens, but the dataset's have {dataset.seq_len}: make "
+                "them as long as the longest phase."
+            )
         self._orders: dict[int, Tensor] = {}
 
     @property
     def batches_per_epoch(self) -> int:
         """Steps after which every row was read at least once; the last of them may reach into the next epoch."""
-        return -(-len(self.dataset) // self.global_batch)
+        return self.phases.steps_for(len(self.dataset))
+
+    def check(self, step: int) -> None:
+        """Raises ConfigError when step `step` has a batch that the shards cannot share."""
+        check_divides(self.phases.at(step).batch_size, self.shard[1], self.micro_batches)
 
     def rows(self, step: int) -> list[int]:
         """The row numbers of this shard in step `step` (>= 0), in order."""
         if step < 0:
             raise ConfigError(f"step {step}: steps count from 0.")
+        self.check(step)
         index, count = self.shard
-        wanted = self.global_batch // count
-        first = step * self.global_batch + index * wanted
+        wanted = self.phases.at(step).batch_size // count
+        first = self.phases.first_row(step) + index * wanted
         rows: list[int] = []
         while len(rows) < wanted:
             epoch, offset = divmod(first + len(rows), len(self.dataset))
@@ -101,7 +115,7 @@ class Feed:
         return rows
 
     def batch(self, step: int) -> Batch:
-        """This shard's rows of step `step`, all micro-batches in one: `[global_batch / shards, S]`."""
+        """This shard's rows of step `step`, all micro-batches in one: `[batch size / shards, S]`."""
         return self._read(self.rows(step), step)
 
     def pieces(self, step: int) -> Iterator[Batch]:
@@ -113,6 +127,8 @@ class Feed:
 
     def _read(self, rows: list[int], step: int) -> Batch:
         dataset = self.dataset.at(step) if isinstance(self.dataset, ChangingRows) else self.dataset
+        length = self.phases.at(step).seq_len
+        dataset = dataset if length == dataset.seq_len else Shortened(dataset, length)
         inputs, labels = zip(*map(dataset.row, rows), strict=True)
         return Batch(torch.stack(inputs), torch.stack(labels))
 

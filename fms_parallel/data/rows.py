@@ -100,6 +100,21 @@ class RowView:
         return self.dataset.row(int(self.indices[index]))
 
 
+class Shortened:
+    """The first `seq_len` tokens of every row of a dataset, and of its labels where they are per token."""
+
+    def __init__(self, dataset: RowDataset, seq_len: int) -> None:
+        self.dataset = dataset
+        self.seq_len = seq_len
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def row(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, labels = self.dataset.row(index)
+        return inputs[: self.seq_len], labels[: self.seq_len] if labels.shape == inputs.shape else labels
+
+
 def train_validation_split(dataset: RowDataset, fraction: float, seed: int) -> tuple[RowView, RowView]:
     """Two views that share no row and together have all: `fraction` of the rows, drawn from `seed`, is validation.
 

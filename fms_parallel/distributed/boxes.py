@@ -40,10 +40,15 @@ class Box:
 
     def intersect(self, other: Box) -> Box | None:
         """The common box, in the same (global) coordinates, or None when they do not meet."""
-        offset = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
-        ends = (min(a + n, b + m) for a, n, b, m in zip(self.offset, self.size, other.offset, other.size, strict=True))
-        size = tuple(end - start for start, end in zip(offset, ends, strict=True))
-        return Box(offset, size) if all(n > 0 for n in size) else None
+        offset, size = [], []
+        for a, n, b, m in zip(self.offset, self.size, other.offset, other.size, strict=True):
+            start = max(a, b)
+            count = min(a + n, b + m) - start
+            if count <= 0:
+                return None
+            offset.append(start)
+            size.append(count)
+        return Box(tuple(offset), tuple(size))
 
     def shifted(self, by: tuple[int, ...]) -> Box:
         """The same box in coordinates whose origin is at `by`."""

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from fms_parallel.phases import Phase as Phase
+
 _HOMES = {
     **dict.fromkeys(("train", "AdaptiveLayout"), "adaptive"),
     **dict.fromkeys(("ParallelismManager", "train_step", "share_of_batch"), "manager"),
     **dict.fromkeys(("HardwareProfiler", "HardwareProfile"), "hardware"),
     **dict.fromkeys(("ModelProfiler", "ModelProfile", "DatasetProfiler", "DatasetProfile"), "workload"),
     **dict.fromkeys(("RulePolicy", "ThompsonPolicy", "Policy"), "policy"),
+    "KnowledgePolicy": "knowledge",
     "DynamicStrategySelector": "selector",
-    "Phase": "phases",
     **dict.fromkeys(("draw_history", "read_history"), "history"),
     "Relayout": "relayout",
     "TrainingState": "state",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = sorted([*_HOMES, "Phase"])
 
 
 def __getattr__(name: str) -> Any:

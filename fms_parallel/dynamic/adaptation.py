@@ -21,13 +21,13 @@ from fms_parallel.dynamic import history as kinds
 from fms_parallel.dynamic.describe import SwitchCosts
 from fms_parallel.dynamic.history import History
 from fms_parallel.dynamic.monitor import Monitor, Window
-from fms_parallel.dynamic.phases import Phases
 from fms_parallel.dynamic.relayout import SwitchReport
 from fms_parallel.dynamic.selector import DynamicStrategySelector
 from fms_parallel.dynamic.stragglers import Stragglers
 from fms_parallel.errors import ConfigError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.log import get_logger
+from fms_parallel.phases import Phases
 from fms_parallel.strategy.base import parallel_of
 
 logger = get_logger(__name__)
@@ -249,6 +249,24 @@ class Adaptation:
     def _refuse(self, step: int, why: str) -> None:
         self.history.add(kinds.REFUSED, step, why)
         logger.warning("step %d goes on in layout %r: %s", step, str(self.layout), why)
+
+    def known_here(self) -> dict[str, Any]:
+        """What was learned, as JSON values; rank 0, who decides, knows most."""
+        costs = {"bytes_per_s": self.costs.bytes_per_s, "rest": self.costs.rest, "learned": self.costs.learned}
+        return {"selector": self.selector.learned(), "costs": costs}
+
+    def learned(self) -> dict[str, Any]:
+        """What rank 0 has learned, the same on every rank. Collective."""
+        values = [self.known_here()]
+        if self.ranks > 1:
+            dist.broadcast_object_list(values, 0, device=self.monitor.device)
+        return values[0]
+
+    def recall(self, values: dict[str, Any]) -> None:
+        """Know again what `learned` told, before the first decision."""
+        self.selector.recall(values["selector"])
+        for name, value in values["costs"].items():
+            setattr(self.costs, name, value)
 
     def end(self) -> None:
         """Stop measuring and close the file."""

@@ -15,20 +15,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from fms_parallel.checkpoint.agree import rank_and_world
+from fms_parallel.checkpoint.agree import from_every_rank, rank_and_world
 from fms_parallel.data.rows import RowDataset
 from fms_parallel.distributed.start import Launch, pick_device
 from fms_parallel.dynamic.adaptation import Adaptation
 from fms_parallel.dynamic.hardware import HardwareProfile, HardwareProfiler
 from fms_parallel.dynamic.history import History
+from fms_parallel.dynamic.learned import for_members, kept, learned, remembered
 from fms_parallel.dynamic.manager import plan_for
 from fms_parallel.dynamic.monitor import finite_metrics
-from fms_parallel.dynamic.phases import Phases
 from fms_parallel.dynamic.policy import Policy
 from fms_parallel.dynamic.relayout import ModelFactory
 from fms_parallel.dynamic.schedule import TrainerSwitch
 from fms_parallel.errors import ConfigError, FmsError
 from fms_parallel.layout import ParallelLayout
+from fms_parallel.phases import Phase, Phases
 from fms_parallel.planner.hardware import Cluster
 from fms_parallel.shape import ModelShape
 from fms_parallel.strategy.base import parallel_of
@@ -40,6 +41,9 @@ from fms_parallel.training.options import TrainOptions
 HISTORY = "layouts.jsonl"
 """In a run's folder."""
 
+NOTE = "layouts"
+"""What was learned, in a checkpoint."""
+
 
 class AdaptiveLayout:
     """`between_steps` of `fms_parallel.training.train`, and its `on_step`: changes the layout of a run when it pays.
@@ -48,6 +52,7 @@ class AdaptiveLayout:
         model_factory: see `ModelFactory`. hardware: a profile or a cluster; None: measured before the first step.
         policy, layouts: see `DynamicStrategySelector`. every, decide_every, profile: see `Adaptation`.
         relayout: options of `Relayout`. shape: of a model whose config does not tell it.
+        switch: `TrainerSwitch`, or `ElasticSwitch` where members change.
     """
 
     def __init__(
@@ -55,18 +60,20 @@ class AdaptiveLayout:
         model_factory: ModelFactory,
         hardware: HardwareProfile | Cluster | None = None,
         *,
-        policy: str | Policy = "thompson",
+        policy: str | Policy = "knowledge",
         layouts: Sequence[str | ParallelLayout] | None = None,
         shape: ModelShape | None = None,
         every: int = 2,
         decide_every: int = 10,
         profile: bool = False,
         relayout: dict[str, Any] | None = None,
+        switch: Callable[..., Any] = TrainerSwitch,
     ) -> None:
         self.model_factory, self.hardware, self.shape = model_factory, hardware, shape
         self._choose: dict[str, Any] = {"policy": policy, "layouts": layouts}
         self._how: dict[str, Any] = {"every": every, "decide_every": decide_every, "profile": profile}
-        self._relayout = relayout or {}
+        self._relayout, self._make_switch = relayout or {}, switch
+        self._kept: dict[str, Any] | None = None
         self.adaptation: Adaptation | None = None
         self._problem: str | None = None
         self._last = 0
@@ -95,23 +102,66 @@ class AdaptiveLayout:
 
     def _begin(self, trainer: Trainer) -> None:
         options, layout = trainer.options, trainer.parallel.layout
-        device = trainer.device.type
+        known = self._find_hardware(trainer)
+        assert self.hardware is not None
         selector, costs, self.profiles = plan_for(
             self.model_factory,
-            self.hardware or HardwareProfiler(device).profile(),
+            self.hardware,
             trainer.data,
-            seq_len=trainer.data.seq_len,
+            seq_len=trainer.phases.longest,
             shape=self.shape,
             precision=layout.precision,
             micro_batches=options.grad_accum_steps,
             **self._choose,
         )
         history = None if options.output_path is None else f"{options.output_path}/{HISTORY}"
-        phases = Phases((), trainer.data.seq_len, options.batch_size)
-        told: dict[str, Any] = {"steps": trainer.steps, "history": history, "resumed": trainer.step > 0}
-        self.adaptation = Adaptation(selector, costs, phases, **told, **self._how)
-        self._switch = TrainerSwitch(trainer, self.model_factory, **self._relayout)
+        for work in trainer.phases.works[1:]:
+            selector.candidates(work)  # what no layout can do is said now, and not when its step comes
+        told: dict[str, Any] = {
+            "steps": trainer.steps,
+            "history": history,
+            "resumed": trainer.step > 0 or self._kept is not None,
+        }
+        self.adaptation = Adaptation(selector, costs, trainer.phases, **told, **self._how)
+        self._switch = self._make_switch(trainer, self.model_factory, **self._relayout)
+        if known is not None:
+            self.adaptation.recall(known)
+        trainer.notes[NOTE] = self._note
         self.adaptation.begin(trainer.model, trainer.step)
+
+    def _find_hardware(self, trainer: Trainer) -> dict[str, Any] | None:
+        """Measure, unless it is known from before; what was learned then. Collective."""
+        told = next((one for one in from_every_rank(self._kept) if one is not None), None)
+        if told is not None:  # other members than a moment ago
+            self.hardware = for_members(told, self.hardware, trainer.parallel.layout.world_size)
+            return dict(told["adaptation"])
+        hardware = self.hardware or HardwareProfiler(trainer.device.type).profile()
+        noted = trainer.noted.get(NOTE)
+        before = remembered(noted, hardware)
+        self.hardware = before or hardware
+        return None if noted is None or before is None else dict(noted["adaptation"])
+
+    def _note(self) -> dict[str, Any] | None:
+        """For a checkpoint. Collective."""
+        if self.adaptation is None:
+            return None
+        assert self.hardware is not None
+        return learned(self.adaptation, self.hardware)
+
+    def restart(self) -> None:
+        """Members have changed: before the next step begin anew, with what is known. Not collective."""
+        if self.adaptation is not None:
+            assert self.hardware is not None
+            self._kept = kept(self.adaptation, self.hardware)
+            self.adaptation.end()
+            self.adaptation = None
+
+    @property
+    def cluster(self) -> Cluster | None:
+        """The machine as it was described, or measured and corrected since; None before it was."""
+        if self.adaptation is not None:
+            return self.adaptation.selector.cluster
+        return self.hardware if isinstance(self.hardware, Cluster) else None
 
     def _after(self, trainer: Trainer) -> None:
         assert self.adaptation is not None
@@ -146,6 +196,7 @@ def train(
     options: TrainOptions | None = None,
     adapt: dict[str, Any] | None = None,
     validation: RowDataset | None = None,
+    phases: Sequence[Phase] = (),
     **values: Any,
 ) -> Outcome:
     """Train over all ranks of the job in the fastest layout, and change it when another one pays. Collective.
@@ -153,7 +204,8 @@ def train(
     Args:
         model: a plain module that every rank has whole, alike (its weights are kept, the module itself is left alone);
             or a `ModelFactory`, which never has it whole. layout: to start in; None: the planner's fastest.
-        options: or their fields as keywords. adapt: options of `AdaptiveLayout`. Others as in `training.train`.
+        options: or their fields as keywords. adapt: options of `AdaptiveLayout`. Others as in `training.train`; a
+            layout that cannot do a phase's rows is left when the phase begins.
     Raises:
         ConfigError: no layout fits. Others as in `training.train`.
     """
@@ -163,17 +215,18 @@ def train(
     factory = factory_of(model, device_type) if isinstance(model, nn.Module) else model
     if hardware is None:
         hardware = HardwareProfiler(device_type).profile()
+    announced = Phases(phases, data.seq_len, chosen.batch_size)
     if layout is None:
         selector, _, _ = plan_for(
             factory,
             hardware,
             None,
-            seq_len=data.seq_len,
+            seq_len=announced.longest,
             precision=precision,
             micro_batches=chosen.grad_accum_steps,
             **{key: value for key, value in (adapt or {}).items() if key in ("layouts", "shape")},
         )
-        layout = selector.initial(Phases((), data.seq_len, chosen.batch_size).at(0)).layout
+        layout = selector.initial(announced.at(0)).layout
     first = ParallelLayout.parse(layout).resolve(rank_and_world()[1])
     hook = AdaptiveLayout(factory, hardware, **(adapt or {}))
 
@@ -184,7 +237,8 @@ def train(
 
     try:
         built = factory(first, mesh=None, fill=None)  # type: ignore[arg-type]
-        return train_in(built, data, validation=validation, options=chosen, on_step=told, between_steps=hook)
+        more: dict[str, Any] = {"validation": validation, "on_step": told, "between_steps": hook, "phases": phases}
+        return train_in(built, data, options=chosen, **more)
     finally:
         hook.end()
 

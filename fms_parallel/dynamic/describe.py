@@ -51,7 +51,8 @@ class SwitchCosts:
     rest: float = 1.0
     _tables: dict[ParallelLayout, list[Table]] = field(default_factory=dict)
     _largest: dict[tuple[ParallelLayout, ParallelLayout], int] = field(default_factory=dict)
-    _learned: int = 0
+    learned: int = 0
+    """Changes that it was told of."""
 
     def seconds(self, before: ParallelLayout, after: ParallelLayout) -> float:
         """Of one change; 0 for none."""
@@ -73,11 +74,11 @@ class SwitchCosts:
         """From a change that was made: the newest counts half."""
         seconds = report.seconds
         moving = seconds.get("move", 0.0)
-        part = 1.0 if self._learned == 0 else 0.5
+        part = 1.0 if self.learned == 0 else 0.5
         self.rest += part * (seconds["all"] - moving - self.rest)
         if report.largest > 1 << 16 and moving > 0:
             self.bytes_per_s += part * (report.largest / moving - self.bytes_per_s)
-        self._learned += 1
+        self.learned += 1
 
     def _planned(self, before: ParallelLayout, after: ParallelLayout) -> int:
         items = self._items()

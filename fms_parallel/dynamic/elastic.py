@@ -23,15 +23,18 @@ import torch
 import torch.distributed as dist
 
 from fms_parallel.data.rows import RowDataset
+from fms_parallel.dynamic.adaptive import AdaptiveLayout
 from fms_parallel.dynamic.buddy import Buddies
+from fms_parallel.dynamic.choice import LayoutForRanks
 from fms_parallel.dynamic.membership import Membership, Plan
-from fms_parallel.dynamic.recovery import Choose, Elastic, Recovery, restored
-from fms_parallel.dynamic.relayout import ModelFactory, Relayout, release
-from fms_parallel.dynamic.remaining import remaining_layout
+from fms_parallel.dynamic.recovery import Choose, Elastic, Recovery, chosen, may_be_a_loss, restored
+from fms_parallel.dynamic.relayout import ModelFactory, Relayout, agreed, release, resolved
 from fms_parallel.dynamic.state import TrainingState
-from fms_parallel.errors import ConfigError, FmsError, TrainingError
+from fms_parallel.errors import ConfigError, TrainingError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.log import get_logger
+from fms_parallel.phases import Phases
+from fms_parallel.planner.hardware import Cluster
 from fms_parallel.shape import ModelShape
 from fms_parallel.strategy.base import parallel_of
 from fms_parallel.training.interrupt import Interrupt
@@ -45,8 +48,9 @@ logger = get_logger(__name__)
 
 T = TypeVar("T")
 
-STAGES = ("update", "signals", "copies", "report", "save")
-"""Of a step, in order: each ends in a collective that some ranks may have left when others are cut off in it."""
+STAGES = ("signals", "copies", "report", "save", "between", "update")
+"""While `step` steps are done, in order: each ends in a collective that some ranks may have left when others are cut
+off in it. The update is the last, because only what follows it counts the step as done."""
 
 
 def train_elastic(
@@ -57,8 +61,10 @@ def train_elastic(
     *,
     options: TrainOptions,
     choose: Choose | None = None,
+    cluster: Cluster | None = None,
     shape: ModelShape | None = None,
     buddy_every: int | None = None,
+    adapt: AdaptiveLayout | None = None,
     relayout: dict[str, Any] | None = None,
     on_recovery: Callable[[Recovery], None] | None = None,
     **more: Any,
@@ -67,8 +73,10 @@ def train_elastic(
 
     Args:
         model_factory: see `ModelFactory`. layout: that is wanted, for as many ranks as there are first.
-        choose: the layout for other numbers of ranks; None: `remaining_layout`, which `shape` tells what fits.
+        choose: the layout for other numbers of ranks, asked on one rank; None: `LayoutForRanks`, the planner's fastest
+            for ranks like those of `cluster`, or without one the nearest to `layout`. `shape` tells what fits.
         buddy_every: steps between two copies of each shard on a neighbour; None: none.
+        adapt: changes the layout when that pays, made with `switch=ElasticSwitch`; tell it of steps (`on_step`).
         relayout: options of `Relayout`. on_recovery: told of every change of members. more: of `Trainer`.
     Raises:
         TrainingError: this member was given up by the others, or what was lost is nowhere. Others as in `train`.
@@ -76,7 +84,9 @@ def train_elastic(
     if options.checkpoint_async:
         raise ConfigError("checkpoint_async does not go with members that change: write checkpoints in the loop.")
     asked = ParallelLayout.parse(layout)
-    pick = choose or (lambda world: remaining_layout(asked, world, options.batch_size, options.grad_accum_steps, shape))
+    phases = Phases(more.get("phases", ()), data.seq_len, options.batch_size)
+    how: dict[str, Any] = {"micro_batches": options.grad_accum_steps, "shape": shape, "cluster": cluster}
+    pick = choose or LayoutForRanks(asked, model_factory, phases, **how)
     plan = membership.begin()
     device = torch.device("cpu") if membership.backend == "gloo" else torch.device("cuda", torch.cuda.current_device())
     switch = Relayout(model_factory, lambda model: make_optimizer(model, options), **(relayout or {}))
@@ -85,13 +95,14 @@ def train_elastic(
     try:
         with membership.connections.noting():
             if membership.first is not None:
-                model = model_factory(pick(len(plan.members)), mesh=None, fill=None)  # type: ignore[arg-type]
+                model = model_factory(chosen(elastic, plan), mesh=None, fill=None)  # type: ignore[arg-type]
                 state = None
             else:
                 state, _ = restored(elastic, plan, None)
                 model = state.model
             trainer = ElasticTrainer(model, data, options, **more)
             trainer.enrol(elastic, state, on_recovery)
+            trainer.adapt = adapt
         outcome = trainer.run()
     except BaseException:
         membership.abandon()
@@ -103,6 +114,8 @@ def train_elastic(
 class ElasticTrainer(Trainer):
     """A `Trainer` that goes on when members of its job change. `enrol` it before it runs."""
 
+    adapt: AdaptiveLayout | None = None
+
     def enrol(
         self, elastic: Elastic, state: TrainingState | None, on_recovery: Callable[[Recovery], None] | None = None
     ) -> None:
@@ -110,7 +123,7 @@ class ElasticTrainer(Trainer):
         self.elastic, self.membership, self.on_recovery = elastic, elastic.membership, on_recovery
         self.joined = state is not None
         self.recoveries: list[Recovery] = []
-        self._stage, self._rewound = STAGES[0], False
+        self._stage, self._rewound = "update", False
         self._reported = self._committed = 0
         self._result: StepResult | None = None
         self._prepared = self._forward = self._regroup = False
@@ -213,11 +226,34 @@ class ElasticTrainer(Trainer):
 
     def run(self) -> Outcome:
         """As `Trainer`."""
+        if self.adapt is not None:
+            self.between_steps = self._adapt_once
         try:
             return super().run()
         finally:
             if self._own_writer is not None:
                 self._own_writer.close()
+
+    def _adapt_once(self, _: Trainer) -> None:
+        """Nobody does it again who is cut off here: with other members it begins anew."""
+        assert self.adapt is not None
+        with self._in("between"):
+            try:
+                self.adapt(self)
+            except Exception as error:
+                self._after(error)
+
+    def change_layout(self, layout: str | ParallelLayout) -> bool:
+        """Between two steps; whether anything changed. Collective; errors as in `Relayout`."""
+        with agreed("a change of layout"):
+            self.feed_of((0, resolved(layout, self.state.layout).data_parallel))
+        self._note_numbers()
+        with self.membership.connections.noting():
+            new = self.elastic.relayout(self.state, layout)
+        changed = new is not self.state
+        if changed:
+            self._go_on(new)
+        return changed
 
     # ---- when members change ------------------------------------------------------------------------------------
 
@@ -244,13 +280,18 @@ class ElasticTrainer(Trainer):
     def _after(self, error: Exception) -> None:
         """Recover when the error came of a member's loss; else it goes on."""
         since = time.monotonic()
-        if not self.membership.was_lost(self.membership.silence + 2.0 if _may_be_a_loss(error) else 0.0):
+        if not self.membership.was_lost(self.membership.silence + 2.0 if may_be_a_loss(error) else 0.0):
             raise error
         logger.warning("step %d: a member was lost (%s)", self.step, str(error).strip().splitlines()[0][:200])
         self._recover(min(since, self.membership.lost_since or since))
 
     def _recover(self, since: float, admit: bool = False) -> None:
         """Meet the others, agree on the last committed step, move the state, go on; again when that fails too."""
+        if self.adapt is not None:
+            found = self.adapt.cluster
+            self.adapt.restart()
+            if found is not None and isinstance(self.elastic.choose, LayoutForRanks):
+                self.elastic.choose.cluster = found
         while True:
             plan = self.membership.meet(self._said(), admit)
             try:
@@ -258,7 +299,7 @@ class ElasticTrainer(Trainer):
                     report = self._settle(plan, since)
                 break
             except Exception as error:
-                if not self.membership.was_lost(self.membership.silence + 2.0 if _may_be_a_loss(error) else 0.0):
+                if not self.membership.was_lost(self.membership.silence + 2.0 if may_be_a_loss(error) else 0.0):
                     raise
                 admit = False
         self.recoveries.append(report)
@@ -339,11 +380,3 @@ class ElasticTrainer(Trainer):
         stage = STAGES[last[1]]
         if stage in self._replays and last < (self.step, STAGES.index(self._stage)):
             self._replays[stage]()
-
-
-def _may_be_a_loss(error: BaseException) -> bool:
-    """Errors of connections are no FmsError, or were one's cause."""
-    cause: BaseException | None = error
-    while isinstance(cause, FmsError):
-        cause = cause.__cause__ or cause.__context__
-    return cause is not None

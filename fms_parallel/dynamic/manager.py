@@ -28,23 +28,21 @@ from fms_parallel.dynamic.adaptation import Adaptation, Proposal
 from fms_parallel.dynamic.describe import SwitchCosts, describe
 from fms_parallel.dynamic.hardware import HardwareProfile, HardwareProfiler
 from fms_parallel.dynamic.history import Event, History
+from fms_parallel.dynamic.learned import learned, remembered
 from fms_parallel.dynamic.monitor import finite_metrics
-from fms_parallel.dynamic.phases import Phase, Phases, Shortened
 from fms_parallel.dynamic.policy import Policy
 from fms_parallel.dynamic.relayout import ModelFactory, OptimizerFactory, Relayout, SchedulerFactory
 from fms_parallel.dynamic.selector import DynamicStrategySelector
 from fms_parallel.dynamic.state import TrainingState
 from fms_parallel.dynamic.workload import DatasetProfile, DatasetProfiler, ModelProfile, ModelProfiler
 from fms_parallel.errors import ConfigError, FmsError, LayoutError
-from fms_parallel.fit import check_fit
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.modules.dropout import Dropout
+from fms_parallel.phases import Phase, Phases
 from fms_parallel.planner.hardware import Cluster
 from fms_parallel.shape import ModelShape
 from fms_parallel.strategy.base import compute_device, parallel_of
-from fms_parallel.strategy.compose import refuse_unimplemented
-from fms_parallel.strategy.context import refuse_without_context
-from fms_parallel.strategy.stages import refuse_unless_stageable
+from fms_parallel.strategy.compose import refuses
 from fms_parallel.training.step import LossFunction, TokenBatch, dropout_keys, model_loss, to_device
 from fms_parallel.training.step import train_step as one_step
 
@@ -70,7 +68,7 @@ class ParallelismManager:
         batch_size: rows of a step over all ranks. enable_dynamic_adaptation: False keeps the first layout.
         layout: to start in; None: the planner's fastest. layouts: the only ones to choose from.
         steps: of the run (None: one pass over the dataset). micro_batches: pieces of a rank's share.
-        policy: `thompson`, `rules`, or an object with `decide`. phases: announced changes of rows.
+        policy: `knowledge`, `thompson`, `rules`, or an object with `decide`. phases: announced changes of rows.
         hardware: a profile or a cluster, instead of measuring one. shape: of a model whose config does not tell it.
         history: file of JSON lines. every, decide_every: steps of a window, and between two decisions.
         relayout: options of `Relayout`. profile_communication: look at the messages of one step per layout.
@@ -91,7 +89,7 @@ class ParallelismManager:
         steps: int | None = None,
         micro_batches: int = 1,
         precision: str = "fp32",
-        policy: str | Policy = "thompson",
+        policy: str | Policy = "knowledge",
         phases: Sequence[Phase] = (),
         hardware: HardwareProfile | Cluster | None = None,
         shape: ModelShape | None = None,
@@ -110,8 +108,8 @@ class ParallelismManager:
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.micro_batches, self.precision, self.device_type = micro_batches, precision, device_type
         self.seq_len = seq_len or (dataset.seq_len if dataset is not None else 0)
-        self.steps = steps or max(len(dataset or ()) // batch_size, 1)
         self.phases = Phases(phases, self.seq_len, batch_size)
+        self.steps = steps or self.phases.steps_for(len(dataset or ()))
         self.relayout = Relayout(model_factory, optimizer_factory, scheduler_factory, **(relayout or {}))
         self._hardware, self._shape, self._layout, self._layouts = hardware, shape, layout, layouts
         self._policy = policy
@@ -121,17 +119,22 @@ class ParallelismManager:
 
     # ---- the five calls -----------------------------------------------------------------------------------------
 
-    def initialize(self) -> TrainingState:
+    def initialize(self, known: dict[str, Any] | None = None) -> TrainingState:
         """Profile, choose, build. Collective.
 
+        Args:
+            known: what `learned` told in an earlier run; on another machine it does not count.
         Raises:
             ConfigError: no layout fits. LayoutError: the one asked for does not, or the factory built another.
         """
         if self._state is not None:
             raise ConfigError("initialize() was called already: one manager is one run.")
+        hardware = self._hardware or HardwareProfiler(self.device_type).profile()
+        before = remembered(known, hardware)
+        self._hardware = before or hardware
         self.selector, costs, self.profiles = plan_for(
             self.relayout.model_factory,
-            self._hardware or HardwareProfiler(self.device_type).profile(),
+            self._hardware,
             self.dataset,
             seq_len=self.phases.longest,
             shape=self._shape,
@@ -141,6 +144,8 @@ class ParallelismManager:
             micro_batches=self.micro_batches,
         )
         self.adaptation = Adaptation(self.selector, costs, self.phases, steps=self.steps, **self._how)
+        if known is not None and before is not None:
+            self.adaptation.recall(known["adaptation"])
         layout = self._first_layout()
         mesh = self.relayout.meshes.get(layout, self.device_type)
         model = self.relayout.model_factory(layout, mesh=mesh, fill=None)  # type: ignore[arg-type]
@@ -184,18 +189,22 @@ class ParallelismManager:
         last = self.steps if steps is None else min(self.state.step + steps, self.steps)
         while self.state.step < last:
             began, step = time.perf_counter(), self.state.step
-            pieces = list(self._feed(step).pieces(step))
+            pieces = list(self._feed().pieces(step))
             self.adaptation.monitor.waited(time.perf_counter() - began)
             yield pieces[0] if self.micro_batches == 1 else pieces
             if self.state.step == step:
                 raise ConfigError(f"step {step}: manager.step(metrics) was not called for the last batch.")
 
-    def _feed(self, step: int) -> Feed:
-        work = self.phases.at(step)
+    def _feed(self) -> Feed:
         assert self.dataset is not None
-        rows = self.dataset if work.seq_len == self.dataset.seq_len else Shortened(self.dataset, work.seq_len)
-        shard = data_shard(parallel_of(self.state.model).mesh)
-        return Feed(rows, global_batch=work.batch_size, seed=self.seed, shard=shard, micro_batches=self.micro_batches)
+        return Feed(
+            self.dataset,
+            global_batch=self.batch_size,
+            seed=self.seed,
+            shard=data_shard(parallel_of(self.state.model).mesh),
+            micro_batches=self.micro_batches,
+            phases=self.phases,
+        )
 
     def step(self, metrics: Any) -> Event | None:
         """A step is done. Between two windows it only looks at the clock; then it may change the layout. Collective.
@@ -233,6 +242,11 @@ class ParallelismManager:
     def request(self, layout: str | ParallelLayout) -> None:
         """Change to this layout at the end of the window; to be asked for on every rank alike."""
         self.adaptation.asked = layout
+
+    def learned(self) -> dict[str, Any]:
+        """What the run has learned of its machine and its layouts, to be kept with a checkpoint. Collective."""
+        assert self._hardware is not None, "initialize() was not called"
+        return learned(self.adaptation, self._hardware)
 
     @property
     def history(self) -> History:
@@ -316,19 +330,11 @@ def plan_for(
     profile = ModelProfiler(shape or native).profile(seq_len)
     measured = hardware if isinstance(hardware, HardwareProfile) else None
     cluster = hardware.cluster() if isinstance(hardware, HardwareProfile) else hardware
-    found = profile.shape
-
-    def runs(layout: ParallelLayout) -> None:
-        check_fit(layout, found)
-        refuse_unimplemented(layout)
-        refuse_without_context(type(native), layout)
-        if layout.pp > 1:
-            refuse_unless_stageable(native)
-
     _, world = rank_and_world()
     if cluster.gpus != world:
         raise ConfigError(f"the hardware describes {cluster.gpus} devices and the job has {world} ranks: one for each.")
-    selector = DynamicStrategySelector(cluster, found, precision=precision, runs=runs, **choosing)
+    runs = refuses(native, profile.shape)
+    selector = DynamicStrategySelector(cluster, profile.shape, precision=precision, runs=runs, **choosing)
     rate = measured.bytes_per_s if measured is not None else cluster.device.inter.gb_s * 1e9
     rows = None if dataset is None else DatasetProfiler(dataset).profile()
     return selector, SwitchCosts(native, rate), Profiles(measured, profile, rows)

@@ -1,9 +1,10 @@
-"""Which layout a run should go on in: what a policy is told, what it answers, and the two that there are.
+"""Which layout a run should go on in: what a policy is told, what it answers, and those that there are.
 
-    RulePolicy        the calibrated prediction, a break-even rule, hysteresis
-    ThompsonPolicy    learns the error of every prediction, and tries a layout when what it may win pays the trial
+    RulePolicy         the calibrated prediction, a break-even rule, hysteresis
+    ThompsonPolicy     learns the error of every prediction, and tries a layout when what it may win pays the trial
+    KnowledgePolicy    learns also how wrong the planner is, and values every trial (knowledge.py)
 
-Both price a layout as prediction x learned factor. It is pure: no clocks, no ranks, no torch; `replay.py` runs
+All price a layout as prediction x learned factor. It is pure: no clocks, no ranks, no torch; `replay.py` runs
 policies by the thousand.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +82,19 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class Learner(Protocol):
+    """A policy whose knowledge outlives its run."""
+
+    def learned(self) -> dict[str, Any]:
+        """All of it, as JSON values."""
+        ...
+
+    def recall(self, values: dict[str, Any]) -> None:
+        """Know again what `learned` told, also after a journey through a file."""
+        ...
+
+
 # ---- rules ------------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +136,14 @@ class RulePolicy:
             f"{situation.remaining * (now - expected):.3g} s, the change takes {situation.cost(best.name):.3g} s"
         )
         return Verdict(best.name, reason, expected, now)
+
+    def learned(self) -> dict[str, Any]:
+        """See `Learner`."""
+        return {"factors": dict(self.factors), "condition": self.condition}
+
+    def recall(self, values: dict[str, Any]) -> None:
+        """See `Learner`."""
+        self.factors, self.condition = dict(values["factors"]), frozen(values["condition"])
 
     def _expected(self, arm: Arm) -> float:
         known = self.factors.get(arm.name)
@@ -203,7 +225,7 @@ class ThompsonPolicy:
         if best == here:
             return self._stay(names[here], "nothing seems faster", now)
         apart = covariance[best, best] + covariance[here, here] - 2 * covariance[best, here]
-        won, lost, wrong = _sides(now - float(expected[best]), now * math.sqrt(max(apart, 1e-12)))
+        won, lost, wrong = sides(now - float(expected[best]), now * math.sqrt(max(apart, 1e-12)))
         value = (left - self.trial) * won - self.trial * lost - costs[best] - wrong * situation.cost(names[here])
         if value <= 0 or won < self.least * now:
             return self._stay(names[here], f"trying {names[best]!r} would not pay: {left} steps are left", now)
@@ -229,7 +251,7 @@ class ThompsonPolicy:
         return gain @ told, prior - gain @ prior[seen]
 
     def _prior(self, arms: Sequence[Arm], scale: float) -> Array:
-        alike = np.array([[_likeness(a.family, b.family) for b in arms] for a in arms])
+        alike = np.array([[likeness(a.family, b.family) for b in arms] for a in arms])
         return np.asarray(self.shared**2 + scale * (self.alike**2 * alike + self.own**2 * np.eye(len(arms))))
 
     def _learn(self, situation: Situation) -> None:
@@ -249,11 +271,22 @@ class ThompsonPolicy:
         # No layout is ever known better than to a percent: what a step takes drifts.
         self.weights[here.name] = min(old + weight, 1e4)
 
+    def learned(self) -> dict[str, Any]:
+        """See `Learner`; the draws to come are part of it."""
+        known = {"weights": dict(self.weights), "means": dict(self.means), "condition": self.condition}
+        return {**known, "odd": self._odd, "draws": self._draws.bit_generator.state}
+
+    def recall(self, values: dict[str, Any]) -> None:
+        """See `Learner`."""
+        self.weights, self.means = dict(values["weights"]), dict(values["means"])
+        self.condition, self._odd = frozen(values["condition"]), values["odd"]
+        self._draws.bit_generator.state = values["draws"]
+
     def _stay(self, name: str, reason: str, now: float) -> Verdict:
         return Verdict(name, reason, now, now)
 
 
-def _sides(mean: float, deviation: float) -> tuple[float, float, float]:
+def sides(mean: float, deviation: float) -> tuple[float, float, float]:
     """Of a normal number: the mean of its positive part, of its negative part, and how likely it is below zero."""
     z = mean / deviation
     density, below = math.exp(-z * z / 2) / math.sqrt(2 * math.pi), math.erfc(z / math.sqrt(2)) / 2
@@ -261,13 +294,28 @@ def _sides(mean: float, deviation: float) -> tuple[float, float, float]:
     return won, won - mean, below
 
 
-def _likeness(one: Sequence[str], other: Sequence[str]) -> float:
+def frozen(value: Any) -> Any:
+    """Lists as the tuples that they were before a journey through JSON."""
+    return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def likeness(one: Sequence[str], other: Sequence[str]) -> float:
     """Part of the words that both have in common."""
     both = set(one) | set(other)
     return len(set(one) & set(other)) / len(both) if both else 1.0
 
 
-POLICIES: Mapping[str, Callable[[], Policy]] = {"rules": RulePolicy, "thompson": ThompsonPolicy}
+def _knowledge() -> Policy:
+    from fms_parallel.dynamic.knowledge import KnowledgePolicy
+
+    return KnowledgePolicy()
+
+
+POLICIES: Mapping[str, Callable[[], Policy]] = {
+    "knowledge": _knowledge,
+    "thompson": ThompsonPolicy,
+    "rules": RulePolicy,
+}
 """By the name that a command line has for them."""
 
 

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from fms_parallel.checkpoint.training_state import latest_training_state, load_training_state
 from fms_parallel.dynamic.buddy import Buddies
 from fms_parallel.dynamic.inventory import Inventory
 from fms_parallel.dynamic.membership import Membership, Plan
-from fms_parallel.dynamic.relayout import Gap, Relayout, SwitchReport
+from fms_parallel.dynamic.relayout import Gap, ModelFactory, Relayout, SwitchReport
 from fms_parallel.dynamic.state import Luggage, TrainingState
-from fms_parallel.errors import TrainingError
+from fms_parallel.errors import FmsError, TrainingError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.training.loop import Trainer
 
 Choose = Callable[[int], ParallelLayout]
-"""Number of ranks -> layout for them; the same on every member."""
+"""Number of ranks -> layout for them. The first member is asked."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,26 @@ class Elastic:
     output_path: str | None
 
 
+def chosen(elastic: Elastic, plan: Plan) -> ParallelLayout:
+    """The layout for the members of `plan`, as the first of them chooses it. Collective over them.
+
+    Raises:
+        LayoutError: on every member, when there is none.
+    """
+    found: list[ParallelLayout | FmsError] = []
+    if dist.get_rank() == 0:
+        try:
+            found.append(elastic.choose(len(plan.members)))
+        except FmsError as error:
+            found.append(error)
+    told: list[Any] = found or [None]
+    dist.broadcast_object_list(told, 0, device=elastic.device)
+    layout: ParallelLayout | FmsError = told[0]
+    if isinstance(layout, FmsError):
+        raise layout
+    return layout
+
+
 def restored(elastic: Elastic, plan: Plan, state: TrainingState | None) -> tuple[TrainingState, str]:
     """The run in the layout for the members of `plan`, and where it came from. Collective over them.
 
@@ -66,7 +88,7 @@ def restored(elastic: Elastic, plan: Plan, state: TrainingState | None) -> tuple
     Raises:
         TrainingError: part of the state is lost.
     """
-    layout, buddies = elastic.choose(len(plan.members)), elastic.buddies
+    layout, buddies = chosen(elastic, plan), elastic.buddies
     copies = buddies.valid if buddies is not None else None
     nothing: tuple[Inventory, Luggage | None] = (Inventory({}), None)
     holdings = {
@@ -90,3 +112,28 @@ def restored(elastic: Elastic, plan: Plan, state: TrainingState | None) -> tuple
     numbers = load_training_state(path, model, optimizer)
     more = {"total_tokens": numbers["total_tokens"]}
     return TrainingState(model, optimizer, step=numbers["step"], numbers=more), "checkpoint"
+
+
+class ElasticSwitch:
+    """`switch` of an `AdaptiveLayout` for an `ElasticTrainer`: a refusal is no loss, and a loss is no refusal."""
+
+    def __init__(self, trainer: Any, model_factory: ModelFactory) -> None:
+        self.trainer, self.relayout = trainer, trainer.elastic.relayout
+
+    def __call__(self, layout: str | ParallelLayout) -> bool:
+        """As `TrainerSwitch`."""
+        try:
+            return bool(self.trainer.change_layout(layout))
+        except FmsError as error:
+            membership = self.trainer.membership
+            if may_be_a_loss(error) and membership.was_lost(membership.silence + 2.0):
+                raise ConnectionError(f"a member was lost in a change of layout: {error}") from error
+            raise
+
+
+def may_be_a_loss(error: BaseException) -> bool:
+    """Errors of connections are no FmsError, or were one's cause."""
+    cause: BaseException | None = error
+    while isinstance(cause, FmsError):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None

@@ -74,6 +74,8 @@ def _with(asked: ParallelLayout, pp: int, dp: int, fsdp: int, cp: int, tp: int) 
         words |= {"sp": False, "loss_parallel": True}
     if cp == 1:
         words["cp_method"] = "ring"
+    if fsdp == 1 or pp > 1:
+        words["keep_gathered"] = 0
     if fsdp == 1 and asked.offload == "params":
         words["offload"] = "none"
     return replace(asked, pp=pp, dp=dp, fsdp=fsdp, cp=cp, tp=tp, **words)  # type: ignore[arg-type]

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fms_parallel.dynamic.phases import Work
-from fms_parallel.dynamic.policy import Arm, Policy, Situation, Verdict, get_policy
+from fms_parallel.dynamic.policy import Arm, Learner, Policy, Situation, Verdict, get_policy
 from fms_parallel.errors import ConfigError, FmsError
 from fms_parallel.fit import check_fit
 from fms_parallel.layout import AXES, ParallelLayout
+from fms_parallel.phases import Work
 from fms_parallel.planner import mixed
 from fms_parallel.planner.api import Estimate, Planner, search_with
 from fms_parallel.planner.catalog import Model
@@ -54,7 +54,7 @@ class DynamicStrategySelector:
 
     Args:
         cluster: of exactly the job's ranks. shape: of the model. precision: of every layout.
-        policy: `thompson`, `rules`, or an object of one's own. runs: refuses what strategies cannot do.
+        policy: `knowledge`, `thompson`, `rules`, or an object of one's own. runs: refuses what strategies cannot do.
         layouts: the only ones to choose from; None: the fastest `most` of the planner's, one for each set of degrees.
         micro_batches: a rank's share of a step is accumulated in so many pieces. space: what the planner may use.
     """
@@ -65,7 +65,7 @@ class DynamicStrategySelector:
         shape: ModelShape,
         *,
         precision: str = "fp32",
-        policy: str | Policy = "thompson",
+        policy: str | Policy = "knowledge",
         runs: Runs | None = None,
         layouts: Sequence[str | ParallelLayout] | None = None,
         micro_batches: int = 1,
@@ -173,12 +173,31 @@ class DynamicStrategySelector:
             return None
         planner = self._planner(work)
         found = planner.costs.pieces(Columns.of_layout(layout, planner.workload.global_batch))
-        self.calibration = seconds / (found["forward"] + found["backward"])
+        self._slow_down(seconds / (found["forward"] + found["backward"]))
+        return self.calibration
+
+    def _slow_down(self, factor: float) -> None:
+        self.calibration = factor
         self.cluster = Cluster(
-            tuple((slower(device, self.calibration, "measured"), count) for device, count in self.cluster.groups)
+            tuple((slower(device, factor, "measured"), count) for device, count in self.cluster.groups)
         )
         self._found.clear()
-        return self.calibration
+
+    def learned(self) -> dict[str, Any]:
+        """What a run in the same place may know again, as JSON values."""
+        known = self.policy.learned() if isinstance(self.policy, Learner) else None
+        refused = {layout.to_json(): times for layout, times in self.refused.items()}
+        kind = type(self.policy).__name__
+        return {"calibration": self.calibration, "refused": refused, "policy": {"kind": kind, "learned": known}}
+
+    def recall(self, values: dict[str, Any]) -> None:
+        """Know it again; what another policy learned is left."""
+        if values["calibration"] is not None:
+            self._slow_down(values["calibration"])
+        self.refused = {ParallelLayout.from_json(layout): times for layout, times in values["refused"].items()}
+        told = values["policy"]
+        if told["kind"] == type(self.policy).__name__ and isinstance(self.policy, Learner):
+            self.policy.recall(told["learned"])
 
     # ---- what it takes ------------------------------------------------------------------------------------------
 

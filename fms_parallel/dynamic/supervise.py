@@ -10,6 +10,7 @@ processes and the store; no models.
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -143,6 +144,7 @@ def _member(
     arguments: tuple[Any, ...],
 ) -> None:
     """Body of a member's process."""
+    gc.freeze()  # what the server has loaded is nobody's garbage
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     numbers = {
         "RANK": place.rank,

@@ -53,13 +53,13 @@ def carry_out(
         device: where the process group's messages must lie; None: where the memory is.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    tally = Tally()
+    tally, read = Tally(), Prints()
     with torch.no_grad():
         _copy(plan, here, there, rank, round_bytes, verify, tally)
         for moves in plan.rounds:
-            tally.sent += _exchange(moves, here, there, rank, device)
+            tally.sent += _exchange(moves, here, there, rank, device, read if verify else None)
         if verify and plan.rounds:
-            tally.wrong += _compare(plan, here, there, rank, device)
+            tally.wrong += _compare(plan, here, there, rank, device, read)
     return tally
 
 
@@ -77,11 +77,33 @@ def _copy(
                 tally.wrong.append(move)
 
 
+class Prints:
+    """Fingerprints of the pieces of one inventory: a piece that goes to several ranks is read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, Box], int] = {}
+
+    def of(self, inventory: Inventory, move: Move) -> int:
+        """Of what moves."""
+        piece = (move.name, move.box)
+        if piece not in self._known:
+            prints = (fingerprint(view) for view in _views(inventory, move))
+            self._known[piece] = _wrapped(sum((2 * index + 1) * one for index, one in enumerate(prints)))
+        return self._known[piece]
+
+
 # ---- one round --------------------------------------------------------------------------------------------------
 
 
-def _exchange(moves: Sequence[Move], here: Inventory, there: Inventory, rank: int, device: torch.device | None) -> int:
-    """One round; returns the bytes that this rank sent."""
+def _exchange(
+    moves: Sequence[Move],
+    here: Inventory,
+    there: Inventory,
+    rank: int,
+    device: torch.device | None,
+    read: Prints | None,
+) -> int:
+    """One round; returns the bytes that this rank sent. `read`: takes the fingerprints of what is sent meanwhile."""
     operations: list[dist.P2POp] = []
     landings: list[tuple[Tensor, list[Tensor]]] = []
     sent = 0
@@ -95,7 +117,12 @@ def _exchange(moves: Sequence[Move], here: Inventory, there: Inventory, rank: in
             if tensor is not message[0]:
                 landings.append((tensor, message))
             operations.append(dist.P2POp(dist.irecv, tensor, peer))
-    for work in dist.batch_isend_irecv(operations) if operations else []:
+    under_way = dist.batch_isend_irecv(operations) if operations else []
+    if read is not None:
+        for move in moves:
+            if move.source == rank:
+                read.of(here, move)
+    for work in under_way:
         work.wait()
     for tensor, message in landings:
         pieces = tensor.view(-1).split([view.numel() for view in message])
@@ -136,16 +163,15 @@ def _room(message: list[Tensor], device: torch.device | None) -> Tensor:
 
 
 def _compare(
-    plan: TransferPlan, here: Inventory, there: Inventory, rank: int, device: torch.device | None
+    plan: TransferPlan, here: Inventory, there: Inventory, rank: int, device: torch.device | None, read: Prints
 ) -> list[Move]:
     """The moves to this rank whose ends differ: 8 bytes per move travel, beside the state."""
     moves = list(plan.moves)
     outgoing = [move for move in moves if move.source == rank]
     incoming = [move for move in moves if move.target == rank]
     targets, sources = {m.target for m in outgoing}, {m.source for m in incoming}
-    known: dict[tuple[str, Box], int] = {}  # a piece that goes to several is read once
-    told = {peer: _marks(here, [m for m in outgoing if m.target == peer], device, known) for peer in targets}
-    found = {peer: _marks(there, [m for m in incoming if m.source == peer], device, {}) for peer in sources}
+    told = {peer: _marks(here, [m for m in outgoing if m.target == peer], device, read) for peer in targets}
+    found = {peer: _marks(there, [m for m in incoming if m.source == peer], device, Prints()) for peer in sources}
     heard = {peer: torch.empty_like(marks) for peer, marks in found.items()}
     operations = [dist.P2POp(dist.isend, told[peer], peer) for peer in sorted(told)]
     operations += [dist.P2POp(dist.irecv, heard[peer], peer) for peer in sorted(heard)]
@@ -158,17 +184,10 @@ def _compare(
     return wrong
 
 
-def _marks(
-    inventory: Inventory, moves: Sequence[Move], device: torch.device | None, known: dict[tuple[str, Box], int]
-) -> Tensor:
+def _marks(inventory: Inventory, moves: Sequence[Move], device: torch.device | None, read: Prints) -> Tensor:
     """One fingerprint of each move, int64 `[n]`."""
-    for move in moves:
-        views = _views(inventory, move)
-        if (move.name, move.box) not in known:
-            prints = (fingerprint(view) for view in views)
-            known[move.name, move.box] = _wrapped(sum((2 * index + 1) * one for index, one in enumerate(prints)))
-        device = device or views[0].device
-    return torch.tensor([known[move.name, move.box] for move in moves], dtype=torch.int64, device=device)
+    prints = [read.of(inventory, move) for move in moves]
+    return torch.tensor(prints, dtype=torch.int64, device=device or _views(inventory, moves[0])[0].device)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -32,6 +32,7 @@ from fms_parallel.strategy.fsdp import FullyShardStrategy, ReplicateStrategy
 from fms_parallel.strategy.materialise import initialise, materialise
 from fms_parallel.strategy.pipeline import Pipeline, PipelineStrategy, refuse_forward
 from fms_parallel.strategy.recompute import RecomputeStrategy, refuse_budget_without_compile
+from fms_parallel.strategy.stages import refuse_unless_stageable
 from fms_parallel.strategy.tensor import TensorParallelStrategy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
@@ -124,6 +125,19 @@ def check_layout(
     check(layout, *rules, *also_by)
 
 
+def refuses(native: nn.Module, shape: ModelShape) -> Callable[[ParallelLayout], None]:
+    """A rule that raises for every layout which an undistributed model of this shape cannot be spread in."""
+
+    def rule(layout: ParallelLayout) -> None:
+        check_fit(layout, shape)
+        refuse_unimplemented(layout)
+        refuse_without_context(type(native), layout)
+        if layout.pp > 1:
+            refuse_unless_stageable(native)
+
+    return rule
+
+
 def refuse_unimplemented(layout: ParallelLayout) -> None:
     """Name every word of the layout that no strategy implements yet; call it before a process group starts."""
     if layout.offload == "params" and layout.fsdp == 1:
@@ -139,6 +153,7 @@ def _shard(model: nn.Module, layout: ParallelLayout, mesh: DeviceMesh | None) ->
             offload=layout.offload == "params",
             # A stage runs many micro-batches between two updates: it would gather for each.
             free_after_forward=layout.pp == 1,
+            keep_gathered=layout.keep_gathered,
         ).distribute(model)
     elif mesh is not None and layout.gradient_ranks > 1:
         ReplicateStrategy(replica_mesh(mesh), precision=layout.precision).distribute(model)

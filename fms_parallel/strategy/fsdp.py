@@ -6,7 +6,8 @@
 
 Groups: everything before the repeated blocks (the embedding), each block, everything after them (norm and head).
 Gathering few large groups instead of one root with all the rest costs about a fifth less CPU (accelerate's grouping);
-the last group is not freed between its forward and its backward, which follow each other at once.
+the last group is not freed between its forward and its backward, which follow each other at once. Nor are as many of
+the last blocks as `keep_gathered` says: a gather less for each, and its memory.
 Gradients come out averaged over dp * fsdp; ZeRO: arXiv 1910.02054, FSDP: arXiv 2304.11277.
 """
 
@@ -22,6 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from fms_parallel import compat
 from fms_parallel.distributed.collectives import MEANS
+from fms_parallel.errors import LayoutError
 from fms_parallel.modules.added_embedding import AddedEmbedding
 from fms_parallel.modules.embedding import Embedding
 from fms_parallel.modules.tp import TPModule, own_parameters, twin_of
@@ -45,18 +47,27 @@ class FullyShardStrategy(Strategy):
         precision: `fp32`, `bf16` or `fp64`.
         offload: keep parameters, gradients and optimizer state on the host between uses.
         free_after_forward: free gathered parameters between forward and backward (less memory, one gather more).
+        keep_gathered: blocks, the last ones, of which they are not freed all the same.
     """
 
     def __init__(
-        self, mesh: DeviceMesh, *, precision: str = "fp32", offload: bool = False, free_after_forward: bool = True
+        self,
+        mesh: DeviceMesh,
+        *,
+        precision: str = "fp32",
+        offload: bool = False,
+        free_after_forward: bool = True,
+        keep_gathered: int = 0,
     ) -> None:
         self.mesh, self.precision, self.free_after_forward = mesh, precision, free_after_forward
+        self.keep_gathered = keep_gathered
         self.offload: OffloadPolicy = (
             CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
         )
 
     def distribute(self, model: nn.Module) -> nn.Module:
-        """Cut `model` in place."""
+        """Cut `model` in place. Raises LayoutError when it has fewer blocks than are to stay gathered."""
+        kept = {id(block) for block in self._kept(model)}
         shards = self.mesh.get_group(self.mesh.ndim - 1)
         cheaper = MEANS.get(dist.get_backend(shards))
 
@@ -66,7 +77,7 @@ class FullyShardStrategy(Strategy):
                 mesh=self.mesh,
                 mp_policy=POLICIES[self.precision],
                 offload_policy=self.offload,
-                reshard_after_forward=self.free_after_forward and not is_last,
+                reshard_after_forward=self.free_after_forward and not is_last and id(group[0]) not in kept,
             )
             if all(isinstance(module, LOOKED_UP) for module in group):
                 group[0].set_unshard_in_backward(False)  # type: ignore[operator]
@@ -75,6 +86,15 @@ class FullyShardStrategy(Strategy):
 
         _each_group(model, shard)
         return model
+
+    def _kept(self, model: nn.Module) -> list[nn.Module]:
+        blocks = [block for _, block in repeated_blocks(model)] if self.keep_gathered else []
+        if len(blocks) < self.keep_gathered:
+            raise LayoutError(
+                f"keep_gathered={self.keep_gathered}: {type(model).__name__} has {len(blocks)} repeated blocks; keep "
+                "at most so many."
+            )
+        return blocks[len(blocks) - self.keep_gathered :]
 
 
 class ReplicateStrategy(Strategy):

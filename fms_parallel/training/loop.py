@@ -9,7 +9,7 @@ data, dropout and learning rate are functions of the step. It prints nothing; `o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,6 +29,7 @@ from fms_parallel.distributed.mesh import data_shard
 from fms_parallel.errors import ConfigError, TrainingError
 from fms_parallel.log import get_logger
 from fms_parallel.modules.dropout import Dropout
+from fms_parallel.phases import Phase, Phases
 from fms_parallel.strategy.base import compute_device, parallel_of
 from fms_parallel.strategy.record import recorded, write_timeline
 from fms_parallel.training.interrupt import Interrupt, catch_interrupts
@@ -79,6 +80,7 @@ def train(
     sample: Callable[[nn.Module], str] | None = None,
     loss_function: LossFunction = model_loss,
     between_steps: Callable[[Trainer], None] | None = None,
+    phases: Sequence[Phase] = (),
     **values: Any,
 ) -> Outcome:
     """Train `model` on `data` in the layout that it was built in. Collective: every rank calls it alike.
@@ -90,12 +92,14 @@ def train(
         sample: makes the text for `samples.txt`; called on every rank.
         loss_function: how a model is asked for its summed loss; `logits_loss` fits any module that returns logits.
         between_steps: called before every step, on every rank; may `adopt` the run's model in another layout.
+        phases: steps from which on rows are longer or batches larger; `data` has rows of the longest.
     Raises:
         ConfigError: options that contradict each other or the data. TrainingError: see `train_step`.
     """
     if options is not None and values:
         raise ConfigError(f"give options or their fields, not both ({', '.join(values)}).")
-    run = Trainer(model, data, options or TrainOptions.of(**values), validation, on_step, sample, loss_function)
+    chosen = options or TrainOptions.of(**values)
+    run = Trainer(model, data, chosen, validation, on_step, sample, loss_function, phases)
     run.between_steps = between_steps
     return run.run()
 
@@ -112,17 +116,23 @@ class Trainer:
         on_step: Callable[[Numbers], None] | None = None,
         sample: Callable[[nn.Module], str] | None = None,
         loss_function: LossFunction = model_loss,
+        phases: Sequence[Phase] = (),
     ) -> None:
         self.model, self.data, self.options, self.validation = model, data, options, validation
         self.on_step, self.sample, self.loss_function = on_step, sample, loss_function
         self.parallel = parallel_of(model)
         self.device = compute_device(next(model.parameters()))
         self.between_steps: Callable[[Trainer], None] | None = None
-        self.feed = self.feed_of(data_shard(self.parallel.mesh))
-        self.steps = options.steps or (options.epochs or 1) * self.feed.batches_per_epoch
-        self.optimizer = make_optimizer(model, options)
+        self.phases = Phases(phases, data.seq_len, options.batch_size)
         self.first_step = self.step = self.total_tokens = 0
+        self.feed = self.feed_of(data_shard(self.parallel.mesh))
+        self.steps = options.steps or self.phases.steps_for((options.epochs or 1) * len(data))
+        self.optimizer = make_optimizer(model, options)
         self.checkpoint: Path | None = None
+        self.notes: dict[str, Callable[[], Any]] = {}
+        """What checkpoints keep beside the run, by name: gives JSON values or None, the same on every rank."""
+        self.noted: dict[str, Any] = {}
+        """What the checkpoint that was resumed has kept."""
         self._saver: BackgroundSaver | None = None
         self.drops = any(isinstance(module, Dropout) and module.p > 0 for module in model.modules())
         self._check()
@@ -134,6 +144,10 @@ class Trainer:
             raise ConfigError(f"sample_steps={self.options.sample_steps} without a sample function.")
         if self.options.timeline_step:
             self._check_timeline(self.options.timeline_step)
+        if self.phases.last >= self.steps:
+            raise ConfigError(
+                f"phases: step {self.phases.last} comes after the last of {self.steps} steps: choose an earlier one."
+            )
 
     def _check_timeline(self, step: int) -> None:
         if step > self.steps:
@@ -147,14 +161,17 @@ class Trainer:
             raise ConfigError(f"timeline_step={step} needs matplotlib: pip install 'fms_parallel[plot]'.")
 
     def feed_of(self, shard: tuple[int, int]) -> Feed:
-        """The rows of one shard. Raises ConfigError when the batch does not divide."""
-        return Feed(
+        """The rows of one shard. Raises ConfigError when the batch of the step that is next does not divide."""
+        feed = Feed(
             self.data,
             global_batch=self.options.batch_size,
             seed=self.options.seed,
             shard=shard,
             micro_batches=self.options.grad_accum_steps,
+            phases=self.phases,
         )
+        feed.check(self.step)
+        return feed
 
     def adopt(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Go on with the same run in another layout: a model and an optimizer that hold what the old ones held."""
@@ -166,6 +183,9 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Resume when asked to, then step until the end or a signal."""
+        if self.between_steps is None:  # else another layout may run the rows of a later phase
+            for start in self.phases.starts:
+                self.feed.check(start)
         self._begin()
         last: Numbers | None = None
         self.model.train()
@@ -294,17 +314,21 @@ class Trainer:
     def _fingerprint(self) -> Numbers:
         """What the data order depends on: a resumed run must have the same."""
         chosen = {"seed": self.options.seed, "batch_size": self.options.batch_size}
-        return {**chosen, "seq_len": self.data.seq_len, "rows": len(self.data)}
+        begun = self.phases.begun(self.step)
+        plain = begun == [[0, self.data.seq_len, self.options.batch_size]]
+        return {**chosen, "seq_len": self.data.seq_len, "rows": len(self.data), **({} if plain else {"phases": begun})}
 
     def save(self) -> Path | None:
         """Write a checkpoint of this step; None while a thread still writes it. Collective."""
         if self.folder is None:
             raise ConfigError("a checkpoint needs output_path.")
+        notes = {name: told for name, tell in self.notes.items() if (told := tell()) is not None}
+        numbers = {"total_tokens": self.total_tokens, "data": self._fingerprint(), "steps": self.steps}
         state: dict[str, Any] = {
             "step": self.step,
             "model": self.model,
             "optimizer": self.optimizer,
-            "numbers": {"total_tokens": self.total_tokens, "data": self._fingerprint(), "steps": self.steps},
+            "numbers": {**numbers, **({"notes": notes} if notes else {})},
             "keep": self.options.keep_checkpoints,
         }
         if self._saver is not None:
@@ -346,13 +370,16 @@ class Trainer:
             TrainingError: it was trained on rows in another order.
         """
         numbers = load_training_state(path, self.model, self.optimizer)
+        self.first_step = self.step = numbers["step"]
         then, now = numbers["data"], self._fingerprint()
         if changed := [
-            f"{name}: {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]
+            f"{name}: {then.get(name)} then, {now.get(name)} now"
+            for name in {**now, **then}
+            if then.get(name) != now.get(name)
         ]:
             raise TrainingError(f"{path} cannot be continued, its data order would change: {'; '.join(changed)}.")
-        self.first_step = self.step = numbers["step"]
         self.total_tokens, self.checkpoint = numbers["total_tokens"], path
+        self.noted = numbers.get("notes", {})
         logger.info("resumed from %s at step %d of %d", path, self.step, self.steps)
 
     @property

@@ -10,6 +10,7 @@ from fms_parallel.data.feed import Batch, Feed
 from fms_parallel.data.packing import PackedRows
 from fms_parallel.data.rows import IGNORE
 from fms_parallel.errors import ConfigError, DataError
+from fms_parallel.phases import Phase, Phases
 
 
 class Numbered:
@@ -148,3 +149,23 @@ def test_dataset_without_rows_and_step_before_the_first_are_refused() -> None:
         Feed(Numbered(0), global_batch=4, seed=0)
     with pytest.raises(ConfigError, match="step -1"):
         Feed(Numbered(4), global_batch=4, seed=0).rows(-1)
+
+
+def test_phases_read_on_where_the_steps_before_them_ended() -> None:
+    phases = Phases([Phase(2, batch_size=6), Phase(4, seq_len=1)], 3, 4)
+    feed = Feed(Numbered(26), global_batch=4, seed=0, phases=phases)
+    rows = [feed.rows(step) for step in range(5)]
+    assert [len(one) for one in rows] == [4, 4, 6, 6, 6]
+    assert sorted(row for one in rows for row in one) == list(range(26)) and feed.batches_per_epoch == 5
+    halves = [Feed(Numbered(26), global_batch=4, seed=0, shard=(i, 2), phases=phases) for i in range(2)]
+    assert [row for half in halves for row in half.rows(3)] == rows[3]
+    assert feed.batch(3).input_ids.shape == (6, Numbered(26).seq_len) and feed.batch(4).labels.shape == (6, 1)
+
+
+def test_phase_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="rows of 9 tokens, but the dataset's have"):
+        Feed(Numbered(8), global_batch=4, seed=0, phases=Phases([Phase(2, seq_len=9)], 3, 4))
+    feed = Feed(Numbered(8), global_batch=4, seed=0, shard=(0, 4), phases=Phases([Phase(2, batch_size=6)], 3, 4))
+    assert feed.rows(1) and feed.check(1) is None
+    with pytest.raises(ConfigError, match="6 does not divide into 4 shards"):
+        feed.rows(2)

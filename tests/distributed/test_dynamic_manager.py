@@ -18,10 +18,10 @@ from fms_parallel.dynamic.adaptive import train
 from fms_parallel.dynamic.hardware import HardwareProfile, HardwareProfiler
 from fms_parallel.dynamic.history import read_history
 from fms_parallel.dynamic.manager import ParallelismManager, share_of_batch, train_step
-from fms_parallel.dynamic.phases import Phase
 from fms_parallel.dynamic.policy import Situation, Verdict
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.models import get_model
+from fms_parallel.phases import Phase
 from fms_parallel.planner.hardware import Cluster, load_devices
 from fms_parallel.training.optimizer import make_optimizer
 from fms_parallel.training.options import TrainOptions
@@ -90,6 +90,7 @@ def called(layout: str, folder: str | None = None, **adapt: Any) -> list[float]:
         hardware=Cluster.parse(f"cpu:{rank_and_world()[1]}", load_devices()),
         on_step=lambda numbers: told.append(numbers["loss"]),
         adapt={"decide_every": 4, **adapt},
+        phases=[Phase(3, seq_len=7), Phase(6, batch_size=4)],
         **{**OPTIONS, "steps": 9, "output_path": folder},
     )
     assert outcome.step == 9 and all(torch.equal(before[name], t) for name, t in plain.state_dict().items())

@@ -20,12 +20,18 @@ import torch.distributed as dist
 from torch import nn
 
 from fms_parallel.distributed.start import Launch
+from fms_parallel.dynamic.adaptive import AdaptiveLayout
 from fms_parallel.dynamic.elastic import train_elastic
 from fms_parallel.dynamic.membership import Membership
+from fms_parallel.dynamic.policy import Situation, Verdict
+from fms_parallel.dynamic.recovery import ElasticSwitch
+from fms_parallel.dynamic.selector import DynamicStrategySelector
 from fms_parallel.dynamic.supervise import Rendezvous, Supervisor
 from fms_parallel.errors import FmsError
 from fms_parallel.layout import ParallelLayout
-from fms_parallel.models import get_model
+from fms_parallel.models import get_config, get_model
+from fms_parallel.phases import Work
+from fms_parallel.planner.hardware import Cluster, load_devices
 from fms_parallel.training import TrainOptions, train
 from fms_parallel.training.metrics import METRICS, read_metrics
 from tests.training.runs import TINY, rows
@@ -75,6 +81,10 @@ def work(membership: Membership, folder: str, case: dict[str, Any]) -> None:
     if "between" in fate:
         _die_between_sum_and_update(fate, folder, uid)
     options = TrainOptions.of(**(RUN | case.get("options", {})))
+    cluster = Cluster.parse(case["cluster"], load_devices()) if "cluster" in case else None
+    adapt = None
+    if case.get("tour"):
+        adapt = AdaptiveLayout(build, cluster, policy=Tour(), every=1, decide_every=2, switch=ElasticSwitch)
     try:
         outcome = train_elastic(
             build,
@@ -83,13 +93,26 @@ def work(membership: Membership, folder: str, case: dict[str, Any]) -> None:
             membership,
             options=options,
             buddy_every=case.get("buddy_every"),
+            cluster=cluster,
+            adapt=adapt,
             on_step=on_step,
             on_recovery=on_recovery,
         )
     except FmsError as error:
         tell(folder, f"failed-{uid}", error)
         sys.exit(1)
+    if adapt is not None:
+        layouts = [event.more["after"] for event in adapt.history.of("switch")]
+        tell(folder, f"changes-{uid}", *layouts)
     tell(folder, "ended", uid, outcome.step)
+
+
+class Tour:
+    """A policy that goes to the next layout at every decision."""
+
+    def decide(self, situation: Situation) -> Verdict:
+        names = sorted(arm.name for arm in situation.arms)
+        return Verdict(names[(names.index(situation.current) + 1) % len(names)], "on tour", 1.0, 1.0)
 
 
 def _die_between_sum_and_update(fate: dict[str, Any], folder: str, uid: str) -> None:
@@ -191,12 +214,15 @@ def losses() -> list[float]:
 CASES: dict[str, dict[str, Any]] = {
     "killed, replicas": {
         "layout": "dp=2,fsdp=2",
+        "cluster": "cpu:4",
+        "next": "planned",
         "fates": {"3": {"after": 4, "by": "SIGKILL"}},
         "goes_on": (4, 0),
         "source": "survivors",
     },
     "first rank killed": {
         "layout": "dp=2,fsdp=2",
+        "next": "fsdp=3,precision=fp64",
         "fates": {"0": {"after": 4, "by": "SIGKILL"}},
         "goes_on": (4, 0),
         "source": "survivors",
@@ -212,6 +238,14 @@ CASES: dict[str, dict[str, Any]] = {
         "fates": {"2": {"between": 4, "place": "behind", "by": "SIGKILL"}},
         "goes_on": (5, 0),
         "source": "survivors",
+    },
+    "changing layouts": {
+        "layout": "dp=2,fsdp=2",
+        "fates": {"3": {"after": 5, "by": "SIGKILL"}},
+        "goes_on": (5, 0),
+        "source": "survivors",
+        "cluster": "cpu:4",
+        "tour": True,
     },
     "frozen": {
         "layout": "dp=3",
@@ -251,9 +285,22 @@ def test_a_lost_rank_costs_no_committed_step_and_changes_no_loss(
     assert codes[lost] == -signal.SIGKILL
     for uid in survivors:
         check_losses(tmp_path, uid, losses)
-        ((step, redone, source, *_),) = told(tmp_path, f"recoveries-{uid}")
+        ((step, redone, source, layout, *_),) = told(tmp_path, f"recoveries-{uid}")
         assert source == case["source"]
         assert (int(step), int(redone)) == case["goes_on"]
+        wanted = case.get("next", layout)
+        assert layout == (planned(3) if wanted == "planned" else wanted)
+        for words in told(tmp_path, f"changes-{uid}"):
+            assert words and all(ParallelLayout.parse(word).world_size == 3 for word in words)
+
+
+def planned(ranks: int) -> str:
+    """What the planner finds fastest, asked directly."""
+    shape = get_config("llama", "micro", **SIZES).shape()
+    selector = DynamicStrategySelector(Cluster.parse(f"cpu:{ranks}", load_devices()), shape, precision="fp64")
+    found = str(selector.initial(Work(13, RUN["batch_size"])).layout)
+    assert found != "fsdp=3,precision=fp64"  # else it would tell nothing
+    return found
 
 
 def test_a_replacement_joins_and_the_layout_that_was_asked_for_returns(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("fsdp=2", {"tied": True, **BIASED}),
     ("fsdp=2", {"fused": True, **BIASED}),
     ("fsdp=2,recompute=selective", {"dropout": 0.2}),
+    ("fsdp=2,keep_gathered=1", {"dropout": 0.2}),
     ("fsdp=2,offload=params", {}),
     ("fsdp=2,offload=optimizer_state", {"tied": True}),
     ("tp=2,sp,offload=optimizer_step", {"fused": True, **BIASED}),

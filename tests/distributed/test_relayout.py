@@ -243,8 +243,8 @@ def corrupted(job: Job) -> str:
 
     honest = transfer._exchange
 
-    def flipping(moves: Any, here: Any, there: Any, rank: int, device: Any) -> int:
-        sent = honest(moves, here, there, rank, device)
+    def flipping(moves: Any, here: Any, there: Any, rank: int, *more: Any) -> int:
+        sent = honest(moves, here, there, rank, *more)
         arrived = [move for move in moves if move.target == rank]
         if rank == 1 and arrived:
             view = there[arrived[0].name].views(arrived[0].box)[0]

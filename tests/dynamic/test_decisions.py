@@ -20,13 +20,13 @@ from fms_parallel.dynamic.describe import SwitchCosts, describe
 from fms_parallel.dynamic.hardware import distances
 from fms_parallel.dynamic.history import History, draw_history, read_history
 from fms_parallel.dynamic.monitor import RankWindow, finite_metrics, summarised
-from fms_parallel.dynamic.phases import Phase, Phases, Work
 from fms_parallel.dynamic.selector import DynamicStrategySelector
 from fms_parallel.dynamic.stragglers import Stragglers
 from fms_parallel.dynamic.workload import DatasetProfiler, ModelProfiler
 from fms_parallel.errors import ConfigError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.models import get_config, get_model
+from fms_parallel.phases import Phase, Phases, Work
 from fms_parallel.planner.columns import Columns
 from fms_parallel.planner.hardware import Cluster, load_devices
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from statistics import fmean
 
 import pytest
 
+from fms_parallel.dynamic.knowledge import KnowledgePolicy
 from fms_parallel.dynamic.policy import Arm, RulePolicy, Situation, ThompsonPolicy, get_policy
 from fms_parallel.dynamic.replay import World, random_world, regrets, replay
 from fms_parallel.errors import ConfigError
@@ -19,7 +21,7 @@ def situation(**values: object) -> Situation:
     return Situation(**{**given, "seconds": 1.0, "spread": 0.02, **values})
 
 
-@pytest.mark.parametrize("make", [RulePolicy, ThompsonPolicy])
+@pytest.mark.parametrize("make", [RulePolicy, ThompsonPolicy, KnowledgePolicy])
 def test_a_change_is_made_when_what_it_wins_is_above_what_it_costs(make: type) -> None:
     assert make().decide(situation()).arm == "b"  # 100 steps win 20 s
     assert make().decide(situation(remaining=15)).arm == "a"  # 15 steps win 3 s
@@ -68,7 +70,7 @@ def test_thompson_forgets_at_once_when_things_change_twice() -> None:
     assert policy.posterior(ARMS)[0][0] == pytest.approx(1.0986, abs=0.3)
 
 
-@pytest.mark.parametrize("make", [RulePolicy, ThompsonPolicy])
+@pytest.mark.parametrize("make", [RulePolicy, ThompsonPolicy, KnowledgePolicy])
 def test_what_was_measured_on_another_machine_does_not_count(make: type) -> None:
     policy = make()
     for _ in range(5):  # b disappoints while rank 1 is slow
@@ -84,16 +86,47 @@ MISMATCHES = (0.0, 0.2)
 @pytest.mark.parametrize("mismatch", MISMATCHES)
 def test_regret_after_fifty_decisions_is_below_five_percent_and_near_the_rules(mismatch: float) -> None:
     worlds = [random_world(seed, mismatch=mismatch) for seed in range(8)]
-    learned, ruled = fmean(regrets(ThompsonPolicy, worlds)), fmean(regrets(RulePolicy, worlds))
-    assert learned <= 0.05 and learned <= ruled + 0.02
+    ruled = fmean(regrets(RulePolicy, worlds))
+    for make in (ThompsonPolicy, KnowledgePolicy):
+        learned = fmean(regrets(make, worlds))
+        assert learned <= 0.05 and learned <= ruled + 0.02
 
 
-def test_learned_policy_beats_the_rules_where_predictions_are_wrong() -> None:
+@pytest.mark.parametrize("make", [ThompsonPolicy, KnowledgePolicy])
+def test_learned_policy_beats_the_rules_where_predictions_are_wrong(make: type) -> None:
     worlds = [random_world(seed, mismatch=0.2, noise=0.1, spikes=0.05) for seed in range(8)]
-    assert fmean(regrets(ThompsonPolicy, worlds)) < 0.6 * fmean(regrets(RulePolicy, worlds))
+    assert fmean(regrets(make, worlds)) < 0.6 * fmean(regrets(RulePolicy, worlds))
 
 
-@pytest.mark.parametrize("make", [RulePolicy, ThompsonPolicy])
+def test_default_loses_half_of_what_thompson_does_where_the_world_turns_over() -> None:
+    words = {"mismatch": 0.2, "phases": 3, "steps": 1500, "announced": False}
+    worlds = [random_world(seed, **words) for seed in range(12)]
+    assert isinstance(get_policy("knowledge"), KnowledgePolicy)
+    assert fmean(regrets(KnowledgePolicy, worlds)) < 0.6 * fmean(regrets(ThompsonPolicy, worlds))
+
+
+def test_planner_that_proves_wrong_is_believed_less() -> None:
+    policy = KnowledgePolicy()
+    assert [round(odds, 2) for odds, *_ in policy.beliefs(ARMS)] == [0.6, 0.25, 0.15]
+    for current, seconds in (("a", 1.0), ("b", 1.6)):  # twice as long as predicted beside a
+        policy.decide(situation(current=current, seconds=seconds))
+    (right, *_), _, (wrong, _, spread) = policy.beliefs(ARMS)
+    assert wrong > 0.8 and right < 1e-6 and spread[2, 2] > 0.1  # c may be far from what was predicted
+
+
+@pytest.mark.parametrize("make", [RulePolicy, ThompsonPolicy, KnowledgePolicy])
+def test_a_policy_that_was_written_down_decides_as_if_nothing_had_happened(make: type) -> None:
+    draws = [1.0 + 0.05 * ((7 * step) % 11) for step in range(40)]
+    told = [situation(seconds=seconds, condition=(1.0, 2.0), remaining=900 - 10 * n) for n, seconds in enumerate(draws)]
+    whole, before, after = make(), make(), make()
+    expected = [whole.decide(one) for one in told]
+    for one in told[:20]:
+        before.decide(one)
+    after.recall(json.loads(json.dumps(before.learned())))
+    assert [after.decide(one) for one in told[20:]] == expected[20:]
+
+
+@pytest.mark.parametrize("make", [RulePolicy, ThompsonPolicy, KnowledgePolicy])
 def test_oracle_is_reached_exactly_when_the_first_layout_is_much_the_best(make: type) -> None:
     world = World(((1.0, 3.0),), ((1.0, 3.0),), (0,), (1.0, 1.0), (("a",), ("b",)), noise=0.05, steps=100)
     found = replay(world, make())

@@ -83,6 +83,13 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["--resume", "auto"], ["resume=auto", "output_path"]),
     (["--dynamic", "--relayout", "2:tp=2"], ["--dynamic", "--relayout", "drop one"]),
     (["--policy", "rules"], ["--policy belongs to --dynamic"]),
+    (["--phases", "seq_len=8"], ["write STEP:SIZE=N"]),
+    (["--phases", "4:seq_len=8,4:batch_size=2"], ["step 4 is given twice"]),
+    (["--phases", "4:lr=1"], ["unknown size of a phase 'lr'", "seq_len"]),
+    (["--phases", "4:seq_len=0"], ["seq_len=0 at step 4", "whole number >= 1"]),
+    (["--phases", "4:seq_len=5000"], ["5000", "max_positions=1024"]),
+    (["--phases", "4:batch_size=6", "--grad_accum_steps", "4"], ["--phases: from step 4 on", "6", "multiple of 4"]),
+    (["--phases", "4:batch_size=6", "--steps", "3"], ["step 4 comes after the last of 3 steps"]),
 ]
 
 

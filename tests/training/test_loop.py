@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from fms_parallel.data.feed import Feed
 from fms_parallel.errors import ConfigError, TrainingError
+from fms_parallel.phases import Phase
 from fms_parallel.training import evaluate, train
 from fms_parallel.training.loop import CHECKPOINTS, SAMPLES
 from fms_parallel.training.metrics import METRICS, read_metrics
@@ -69,6 +71,50 @@ def test_epochs_read_every_row(tmp_path: Path) -> None:
     assert outcome.steps == outcome.step == 10
     feed = Feed(rows(40), global_batch=8, seed=0)
     assert sorted(row for step in range(5) for row in feed.rows(step)) == list(range(40))
+
+
+def test_a_run_resumed_within_a_phase_is_bitwise_the_whole_one(tmp_path: Path) -> None:
+    phases = [Phase(0, seq_len=5), Phase(2, seq_len=13), Phase(4, batch_size=4)]
+    told: list[int] = []
+    run: dict[str, Any] = {**OPTIONS, "phases": phases, "checkpoint_steps": 3}
+    train(tiny(), rows(), on_step=lambda n: told.append(n["tokens"]), output_path=str(tmp_path / "a"), **run)
+    assert told == [8 * 5, 8 * 5, 8 * 13, 8 * 13, 4 * 13, 4 * 13]
+    train(tiny(), rows(), output_path=str(tmp_path / "b"), **run)
+    shutil.rmtree(tmp_path / "b" / CHECKPOINTS / "step-00000006")
+    train(tiny(seed=99), rows(), output_path=str(tmp_path / "b"), resume="auto", **run)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    told.clear()
+    train(tiny(), rows(40), on_step=lambda n: told.append(n["tokens"]), epochs=1, batch_size=8, phases=phases)
+    assert sum(tokens // (5 if step < 2 else 13) for step, tokens in enumerate(told)) == 40
+
+
+@pytest.mark.parametrize(
+    ("phases", "words"),
+    [
+        ([Phase(6, batch_size=4)], "step 6 comes after the last of 6 steps"),
+        ([Phase(2, seq_len=14)], "14 tokens, but the dataset's have 13"),
+        ([Phase(2, batch_size=3)], "3 does not divide"),
+    ],
+)
+def test_phases_that_cannot_be_are_refused_before_the_first_step(phases: list[Phase], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        train(
+            tiny(),
+            rows(),
+            on_step=lambda _: pytest.fail("a step was done"),
+            phases=phases,
+            **OPTIONS,
+            grad_accum_steps=2,
+        )
+
+
+def test_a_checkpoint_goes_on_with_the_phases_that_it_has_seen(tmp_path: Path) -> None:
+    run: dict[str, Any] = {**OPTIONS, "output_path": str(tmp_path), "resume": "auto"}
+    train(tiny(), rows(), phases=[Phase(3, seq_len=5)], **run)
+    with pytest.raises(TrainingError, match=r"phases: \[\[0, 13, 8\], \[3, 5, 8\]\] then, None now"):
+        train(tiny(), rows(), **run | {"steps": 9})
+    later = [Phase(3, seq_len=5), Phase(7, seq_len=13)]
+    assert train(tiny(), rows(), phases=later, **run | {"steps": 9}).step == 9
 
 
 def test_validation_matches_the_mean_over_all_rows(tmp_path: Path) -> None:
