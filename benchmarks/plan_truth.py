@@ -1,11 +1,12 @@
 """Whether the planner is right on this machine: predicted against measured steps of a small LLaMA over gloo ranks.
 
-    python benchmarks/plan_truth.py                    13 layouts on 1, 2 and 4 ranks; a minute on an idle machine
+    python benchmarks/plan_truth.py                    13 layouts on 1, 2 and 4 ranks; two minutes on an idle machine
     python benchmarks/plan_truth.py --clock cpu        CPU seconds of all ranks together, for a machine with other work
 
 For each number of ranks the machine is calibrated inside the very ranks that then take the steps, as their cores and
 memory are shared. All layouts of one number of ranks take their steps in turn (A B C A B C ...), so whatever disturbs
-the machine disturbs all of them; the lower quartile of each counts. Nothing is fitted to these steps.
+the machine disturbs all of them; the lower quartile of each counts. Nothing is fitted to these steps. What other
+processes took meanwhile is told: where it is more than a tenth of the machine, wall seconds are theirs as well.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def measure(names: tuple[str, ...], steps: int, repeats: int, word: str) -> dict
     """On one rank: the machine's constants, and the seconds of every step of every layout."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
-    clock = CLOCKS[word]
+    clock, start = CLOCKS[word], time.perf_counter()
+    cpu, busy = time.process_time(), busy_seconds()
     before = measure_rank(repeats, clock)
     ready = {name: _stepper(name, rank) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -70,7 +72,19 @@ def measure(names: tuple[str, ...], steps: int, repeats: int, word: str) -> dict
             step()
             if number > 1:  # the first ones allocate
                 seconds[name].append(clock() - began)
-    return {"machine": _quicker(before, measure_rank(repeats, clock)), "seconds": seconds}
+    machine = _quicker(before, measure_rank(repeats, clock))
+    own, spent = time.process_time() - cpu, busy_seconds() - busy
+    return {"machine": machine, "seconds": seconds, "own": own, "busy": spent, "wall": time.perf_counter() - start}
+
+
+def busy_seconds() -> float:
+    """CPU seconds that all processes of this machine have used since it started, on Linux; else not a number."""
+    try:
+        with open("/proc/stat") as file:
+            words = [float(word) for word in file.readline().split()[1:]]
+    except OSError:
+        return float("nan")
+    return (sum(words[:3]) + sum(words[5:8])) / os.sysconf("SC_CLK_TCK")
 
 
 def _quicker(a: Any, b: Any) -> Any:
@@ -91,8 +105,8 @@ def _stepper(name: str, rank: int) -> Any:
     return lambda: train_step(model, optimizer, [batch], max_grad_norm=1.0)
 
 
-def rows_of(ranks: int, steps: int, repeats: int, clock: str) -> list[Row]:
-    """Predicted and measured for every layout of one number of ranks."""
+def rows_of(ranks: int, steps: int, repeats: int, clock: str) -> tuple[list[Row], float]:
+    """Predicted and measured for every layout of one number of ranks; and how many cores other processes took."""
     answers = run_ranks(measure, ranks, LAYOUTS[ranks], steps, repeats, clock, timeout=900.0)
     machines = [answer["machine"] for answer in answers]
     device = replace(device_of("cpu", machines, MEMORY_GB, os.cpu_count()), per_node=ranks)
@@ -107,7 +121,8 @@ def rows_of(ranks: int, steps: int, repeats: int, clock: str) -> list[Row]:
         else:  # a rank that waits uses no CPU
             predicted, measured = (estimate.step_time_s - estimate.breakdown["bubble"]) * ranks, every.sum(axis=0)
         rows.append(Row(name or "one process", ranks, predicted, float(np.quantile(measured, 0.25))))
-    return rows
+    others = (answers[0]["busy"] - sum(answer["own"] for answer in answers)) / answers[0]["wall"]
+    return rows, max(others, 0.0)
 
 
 def summary(rows: list[Row]) -> dict[str, float]:
@@ -126,8 +141,9 @@ def main() -> int:
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    rows = [row for ranks in LAYOUTS for row in rows_of(ranks, args.steps, args.repeats, args.clock)]
-    found = summary(rows)
+    answers = [rows_of(ranks, args.steps, args.repeats, args.clock) for ranks in LAYOUTS]
+    rows = [row for part, _ in answers for row in part]
+    found = {**summary(rows), "cores": os.cpu_count() or 1, "others": float(np.mean([others for _, others in answers]))}
     if args.json:
         print(json.dumps({**found, "rows": [vars(row) for row in rows]}))
         return 0
@@ -135,6 +151,7 @@ def main() -> int:
         print(f"{row.measured_s:9.3f} s measured {row.predicted_s:9.3f} s predicted   {row.ranks} ranks  {row.layout}")
     print(f"{found['layouts']} layouts: rank correlation {found['spearman']:.2f}, mean error {found['mape']:.0%}")
     print(f"the one that looks best is {found['chosen_is_slower_by']:.0%} slower than the best")
+    print(f"meanwhile other processes took {found['others']:.2f} of {found['cores']} cores")
     return 0
 
 

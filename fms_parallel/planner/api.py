@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from fms_parallel.errors import ConfigError
 from fms_parallel.layout import ParallelLayout
-from fms_parallel.planner import mixed, schedule
+from fms_parallel.planner import filed, mixed, schedule
 from fms_parallel.planner.catalog import Model, find_model
-from fms_parallel.planner.columns import Columns
+from fms_parallel.planner.columns import SCHEDULES, Columns
 from fms_parallel.planner.cost import CostModel, Costs
 from fms_parallel.planner.efficiency import DEFAULT, Constants
 from fms_parallel.planner.hardware import GIB, Cluster, Device
@@ -178,15 +178,12 @@ class Planner:
     def stages(self, layout: ParallelLayout) -> Stages:
         """Seconds of every stage of a layout, for the event simulator."""
         layout.validate(self.model.shape)
-        columns = Columns.of_layout(layout, self.workload.global_batch)
+        columns = Columns.of_layout(filed.named(layout), self.workload.global_batch)
         if layout.stage_split is not None and (found := mixed.stages(self, columns, layout.stage_split)) is not None:
             return found
         pieces = self.costs.pieces(columns)
-        count = layout.pp * layout.virtual_stages
-        split = layout.stage_split
-        if split is None:
-            most, rest = divmod(self.model.shape.layers, count)
-            split = tuple(most + (index < rest) for index in range(count))
+        split = self.split(layout)
+        count = len(split)
         forward = [blocks * pieces["forward"] for blocks in split]
         backward = [blocks * pieces["backward"] for blocks in split]
         for index, name in ((0, "embedding"), (count - 1, "head")):
@@ -194,6 +191,17 @@ class Planner:
             backward[index] += pieces[f"{name}_backward"]
         weight = [blocks * pieces["weight"] for blocks in split]
         return Stages(forward, backward, weight, pieces["hop"])
+
+    def split(self, layout: ParallelLayout) -> tuple[int, ...]:
+        """Blocks of each stage: those of the layout, or as even as they come."""
+        if layout.stage_split is not None:
+            return layout.stage_split
+        most, rest = divmod(self.model.shape.layers, layout.stages)
+        return tuple(most + (index < rest) for index in range(layout.stages))
+
+    def estimate_columns(self, columns: Columns) -> Estimate:
+        """The estimate of the first row."""
+        return self._estimate(columns, self.costs.evaluate(columns), 0)
 
     def estimate(self, layout: ParallelLayout, micro_batch: int | None = None) -> Estimate:
         """One layout; without a pipeline `micro_batch` says how its share of the batch is accumulated.
@@ -209,13 +217,15 @@ class Planner:
                 f"{self.workload.global_batch} sequences do not divide over {layout.data_parallel} replicas with "
                 f"{layout.pieces} micro-batches each: use a multiple of {pieces}."
             )
+        if layout.schedule not in SCHEDULES:
+            return filed.estimate(self, layout)
         columns = Columns.of_layout(layout, self.workload.global_batch)
         if layout.pp == 1 and micro_batch is not None:
             columns = columns.with_(micro=np.array([micro_batch]), count=np.array([share // micro_batch]))
         found = mixed.estimate(self, columns, layout.stage_split)
         if found is not None:
             return found
-        found = self._estimate(columns, self.costs.evaluate(columns), 0)
+        found = self.estimate_columns(columns)
         return found if layout.stage_split is None else replace(found, layout=layout)
 
 

@@ -30,7 +30,7 @@ class Columns:
         pp, dp, fsdp, cp, tp: degrees. sp: 0 or 1. virtual: stages per rank. schedule, recompute, offload: indices into
             `SCHEDULES`, `RECOMPUTE`, `OFFLOADS`. micro: sequences in one micro-batch of one replica. count:
             micro-batches of one replica in a step. zero: ZeRO stage over dp (0, 1 or 2; fsdp > 1 is stage 3). every:
-            with full recomputation, each such block is made again.
+            with full recomputation, each such block is made again. kept: blocks that stay gathered.
     """
 
     pp: Array
@@ -47,6 +47,7 @@ class Columns:
     count: Array
     zero: Array
     every: Array
+    kept: Array
 
     def __len__(self) -> int:
         return len(self.pp)
@@ -74,8 +75,8 @@ class Columns:
         """
         if layout.schedule not in SCHEDULES or layout.recompute_budget is not None:
             raise LayoutError(
-                f"{layout}: the planner knows named schedules and recompute=none, selective, full and every=N; "
-                "estimate with one of them."
+                f"{layout}: columns hold named schedules and recompute=none, selective, full and every=N; use one of "
+                "them. A schedule from a file is priced by `Planner.estimate`."
             )
         count = layout.pieces
         per_replica = max(global_batch // layout.data_parallel, 1)
@@ -83,10 +84,11 @@ class Columns:
         row = {
             **{axis: getattr(layout, axis) for axis in ("pp", "dp", "fsdp", "cp", "tp")},
             "sp": int(layout.sp),
-            "virtual": layout.virtual_stages,
+            "virtual": layout.stages // layout.pp,
             "schedule": SCHEDULES.index(layout.schedule),
             "recompute": RECOMPUTE.index(policy),
             "every": max(layout.recompute_interval, 1),
+            "kept": layout.keep_gathered,
             "offload": OFFLOADS.index("optimizer_state" if layout.offload == "optimizer_step" else layout.offload),
             "micro": max(per_replica // count, 1),
             "count": count,
@@ -114,6 +116,7 @@ class Columns:
             recompute=RECOMPUTE[self.recompute[row]] if every == 1 else f"every={every}",
             precision=precision,
             offload=OFFLOADS[self.offload[row]],
+            keep_gathered=int(self.kept[row]),
             **pipeline,
         )
 
@@ -132,4 +135,5 @@ class Columns:
         return replace(self, **columns)
 
 
-_DEFAULTS = {f.name: 1 for f in fields(Columns) if f.name not in ("sp", "schedule", "recompute", "offload", "zero")}
+_POLICIES = ("sp", "schedule", "recompute", "offload", "zero", "kept")
+_DEFAULTS = {f.name: 1 for f in fields(Columns) if f.name not in _POLICIES}

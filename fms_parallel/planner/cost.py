@@ -8,13 +8,14 @@ once: everything inside a block depends on (tp, cp, sp, micro) only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fms_parallel.planner import memory, schedule
+from fms_parallel.planner.block import Block, Ends
 from fms_parallel.planner.columns import OFFLOADS, Columns
 from fms_parallel.planner.efficiency import DEFAULT, Constants
 from fms_parallel.planner.experts import Experts
@@ -23,13 +24,11 @@ from fms_parallel.planner.operators import (
     Op,
     Workload,
     attention_operators,
-    embedding_operators,
     feed_forward_operators,
-    head_operators,
     tokens_of,
 )
 from fms_parallel.planner.software import Software
-from fms_parallel.planner.timing import Roofline, Seconds, TimeSource
+from fms_parallel.planner.timing import Roofline, TimeSource
 from fms_parallel.planner.topology import Group, Network
 from fms_parallel.shape import ModelShape
 
@@ -93,7 +92,7 @@ class CostModel:
     def step(self, columns: Columns) -> Step:
         """What blocks and ends of every layout in `columns` take."""
         inner, back = _unique(columns)
-        return Step(self, columns, _Block.of(self, inner).spread(back), _Ends.of(self, inner).spread(back))
+        return Step(self, columns, Block.of(self, inner).spread(back), Ends.of(self, inner).spread(back))
 
     def pieces(self, columns: Columns) -> dict[str, float]:
         """Seconds of one micro-batch on one block, on the ends, and from stage to stage, for the first row.
@@ -102,7 +101,8 @@ class CostModel:
         """
         step = self.step(columns)
         block, again = step.block, step.again()
-        backward = block.backward + again + block.tp * (1.0 + step.repeated()) + block.cp_backward + block.ep
+        exchanged = block.tp * (1.0 + step.repeated()) + block.gathers + block.cp_backward + block.ep
+        backward = block.backward + again + exchanged
         hops = 2 * (columns.count * columns.virtual * (not self.software.overlap_pp) + columns.pp - 1)
         found = {
             "forward": block.forward + block.tp + block.cp_forward + block.ep,
@@ -116,7 +116,8 @@ class CostModel:
     @property
     def time_source(self) -> TimeSource:
         """Who prices an operator."""
-        return self.source or Roofline(self.device, self.workload.precision, self.constants)
+        host = replace(self.constants, host_us=self.constants.host_us * self.software.host)
+        return self.source or Roofline(self.device, self.workload.precision, host)
 
     def block_operators(self, columns: Columns) -> list[Op]:
         """The operators of one block."""
@@ -140,102 +141,13 @@ def _unique(columns: Columns) -> tuple[Columns, Array]:
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Seconds of one block and micro-batch: computing, and talking within tp, cp and ep."""
-
-    forward: Array
-    backward: Array
-    core: Array
-    matmuls: Array
-    last: Array
-    tp: Array
-    cp_forward: Array
-    cp_backward: Array
-    ep: Array
-
-    @classmethod
-    def of(cls, model: CostModel, columns: Columns) -> _Block:
-        """Per distinct (tp, cp, sp, micro)."""
-        seconds: Seconds = model.time_source.total(model.block_operators(columns))
-        cp_forward, cp_backward = _context(model, columns, seconds)
-        parts = (seconds.forward, seconds.backward, seconds.core, seconds.matmuls, seconds.last)
-        shape = columns.tp.shape
-        every = (*parts, _tensor(model, columns), cp_forward, cp_backward, _expert(model, columns))
-        return cls(*(np.broadcast_to(np.asarray(part, dtype=float), shape) for part in every))
-
-    def spread(self, back: Array) -> _Block:
-        """Per row."""
-        return _Block(**{f.name: getattr(self, f.name)[back] for f in fields(self)})
-
-
-def _tensor(model: CostModel, columns: Columns) -> Array:
-    """Seconds of tp's two collectives of one pass over a block that do not hide behind computation."""
-    size = tokens_of(columns, model.workload.sequence) * model.shape.width * model.software.working_bytes
-    group = Group.of(columns.tp, 1, model.device.per_node)
-    halves = model.collective("allgather", size, group) + model.collective("reducescatter", size, group)
-    whole = model.collective("allreduce", size, group)
-    return 2 * np.where(columns.sp == 1, halves, whole) * (1 - model.software.overlap_tp * model.constants.overlap)
-
-
-def _context(model: CostModel, columns: Columns, seconds: Seconds) -> tuple[Array, Array]:
-    """Seconds that keys and values of other cp ranks are waited for: a ring hides behind attention's own arithmetic."""
-    shape = model.shape
-    kv = 2 * np.maximum(shape.kv_heads / columns.tp, 1) * shape.head_width
-    size = tokens_of(columns, model.workload.sequence) * kv * model.software.working_bytes
-    group = Group.of(columns.cp, columns.tp, model.device.per_node)
-    step = model.collective("p2p", size, group)
-    hidden = model.constants.overlap * seconds.core / np.maximum(columns.cp, 1)
-    pieces = model.constants.ring * np.log2(columns.cp) * seconds.core
-    forward = (columns.cp - 1) * np.maximum(step - hidden, 0.0) + pieces
-    # Keys and values go around again, and their gradients behind them.
-    software = model.software
-    back = 1 + max(software.ring_gradient_bytes, software.working_bytes) / software.working_bytes
-    backward = (columns.cp - 1) * np.maximum(back * step - 2.5 * hidden, 0.0) + 2.5 * pieces
-    return forward, backward
-
-
-def _expert(model: CostModel, columns: Columns) -> Array:
-    """Seconds of the two all-to-alls of one pass over a block."""
-    if model.experts is None or model.experts.ep == 1:
-        return np.zeros(columns.tp.shape)
-    size = model.experts.exchanged_bytes(model.shape, columns, model.workload.sequence, model.software)
-    group = Group.of(np.full(columns.tp.shape, model.experts.ep), columns.tp * columns.cp, model.device.per_node)
-    return 2 * model.collective("alltoall", size, group)
-
-
-@dataclass(frozen=True)
-class _Ends:
-    """Seconds of what stands before the first block and after the last one, forward and backward."""
-
-    embedding_forward: Array
-    embedding_backward: Array
-    head_forward: Array
-    head_backward: Array
-
-    @classmethod
-    def of(cls, model: CostModel, columns: Columns) -> _Ends:
-        """Per distinct (tp, cp, sp, micro)."""
-        sequence, source = model.workload.sequence, model.time_source
-        embedding = source.total(embedding_operators(model.shape, columns, sequence, model.software))
-        head = source.total(head_operators(model.shape, columns, sequence, model.software))
-        # Forward: the gathered input of the head; backward: its gradient. The loss exchanges a few numbers per token.
-        talk = _tensor(model, columns) / 2
-        parts = (embedding.forward + talk, embedding.backward, head.forward, head.backward + talk)
-        return cls(*(np.broadcast_to(np.asarray(part, dtype=float), columns.tp.shape) for part in parts))
-
-    def spread(self, back: Array) -> _Ends:
-        """Per row."""
-        return _Ends(**{f.name: getattr(self, f.name)[back] for f in fields(self)})
-
-
-@dataclass(frozen=True)
 class Step:
     """One whole step of every layout."""
 
     model: CostModel
     columns: Columns
-    block: _Block
-    ends: _Ends
+    block: Block
+    ends: Ends
 
     def costs(self) -> Costs:
         """Times and memory."""
@@ -268,8 +180,8 @@ class Step:
         return self.tensor_talk() + self.context_talk() + 2 * self.block.ep
 
     def tensor_talk(self) -> Array:
-        """tp: one pass forward, one backward, and what recomputation repeats."""
-        return self.block.tp * (2.0 + self.repeated())
+        """tp: one pass forward, one backward, inputs gathered again, and what recomputation repeats."""
+        return self.block.tp * (2.0 + self.repeated()) + self.block.gathers
 
     def repeated(self) -> Array:
         """Part of a forward pass's exchanges within tp that the backward pass repeats; an early stop spares one."""
@@ -317,8 +229,20 @@ class Step:
             pp=hop,
             bubble=idle * self.model.constants.idle,
             optimizer=optimizer,
-            other=zero + self.model.constants.step_us * 1e-6 + c.count * micro_us * 1e-6,
+            other=zero + self.model.constants.step_us * 1e-6 + c.count * micro_us * 1e-6 + self.hooks(blocks),
         )
+
+    def hooks(self, blocks: Array) -> Array:
+        """Seconds of the host that axes add to blocks and that do not hide behind kernels."""
+        c, constants, software = self.columns, self.model.constants, self.model.software
+        one = constants.host_us * 1e-6 * software.host * (1 - constants.hidden)
+        # A pipeline's data parallelism works once per step.
+        times = {"tp": c.count, "sp": c.count, "cp": c.count}
+        each = sum(
+            number * np.where(getattr(c, axis) > (axis != "sp"), times.get(axis, np.where(c.pp > 1, 1, c.count)), 0)
+            for axis, number in software.host_of.items()
+        )
+        return np.asarray(blocks * one * each)
 
     def hop(self) -> Array:
         """Seconds of handing micro-batches on: each waits once per direction, and the ramp passes every stage."""
@@ -355,6 +279,8 @@ class Step:
         size = self.block_parameters()
         gather = model.collective("allgather", size * model.software.working_bytes, group)
         reduce = model.collective("reducescatter", size * model.software.reduce_bytes, group)
+        gather = gather + model.constants.copy_ns * 1e-9 * size * model.software.working_bytes
+        reduce = reduce + model.constants.copy_ns * 1e-9 * size * model.software.reduce_bytes
         overlap = model.constants.overlap
         forward = overlap * (self.block.forward + self.block.tp + self.block.cp_forward)
         backward = overlap * (self.block.backward + again + self.block.tp + self.block.cp_backward)
@@ -363,7 +289,9 @@ class Step:
         tables = 2 * gather / np.maximum(size, 1) * self.rank_parameters(np.zeros_like(rank))
         # In a pipeline a stage is gathered once and kept; only the first gather and the reductions are in the way.
         times = np.where(c.pp > 1, 1, c.count)
-        return np.where(shards > 1, rank * (times * once + ending) + tables + reduce, 0.0)
+        # Blocks that stay gathered miss the gather of their backward pass.
+        spared = times * np.maximum(gather - backward, 0.0) + ending - np.maximum(reduce - backward, 0.0)
+        return np.where(shards > 1, rank * (times * once + ending) - c.kept * spared + tables + reduce, 0.0)
 
     def replicas(self, rank: Array, plain: Array) -> Array:
         """Seconds of averaging gradients over dp that the last micro-batch's backward pass does not hide."""
@@ -377,6 +305,7 @@ class Step:
         whole = np.where(
             sharded, gather + scatter, model.collective("allreduce", size * model.software.reduce_bytes, group)
         )
+        whole = whole + model.constants.copy_ns * 1e-9 * size * model.software.reduce_bytes * 2
         overlap = model.software.overlap_dp * model.constants.overlap
         hidden = np.minimum(whole * overlap, rank * plain * 2 / 3)
         # Ranks of a cp group hold the same parameters and see other tokens: their gradients are added, too.
@@ -392,7 +321,7 @@ class Step:
         own = self.rank_parameters(rank) / self.states().shards() / np.where(c.zero >= 1, c.dp, 1)
         states = software.optimizer_bytes
         size = own * (software.gradient_bytes * 2 + 2 * software.parameter_bytes + 2 * states)
-        seconds = size / (model.device.memory_gb_s * 1e9 * model.constants.stream)
+        seconds = model.constants.update * size / (model.device.memory_gb_s * 1e9 * model.constants.stream)
         moved = own * (2 * states + software.gradient_bytes + software.parameter_bytes)
         return seconds + np.where(
             c.offload >= OFFLOADS.index("optimizer_state"), moved / (model.device.host_gb_s * 1e9), 0.0

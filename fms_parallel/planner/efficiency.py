@@ -37,6 +37,10 @@ class Constants:
             1 + ring * log2(cp) times as long, for its shorter pieces.
         kernel_us: least time of one kernel. host_us: time of the host to start one kernel, forward pass.
         host_backward: the same in the backward pass, as a multiple (no Python between its kernels).
+        hidden: part of the host's time that hides behind kernels; none where one processor is both.
+        update: an optimizer's step, with clipping, as a multiple of one pass over its bytes.
+        copy_ns: of a byte that moves between parameters or gradients and the buffer of their collective, where nothing
+            hides that.
         micro_us: fixed time of one micro-batch on one stage. step_us: fixed time of one step.
         idle: part of a pipeline's idle time that is lost; ranks that share cores leave theirs to the others.
         overlap: part of what software hides behind computation that is hidden; none where processors move the bytes.
@@ -53,6 +57,9 @@ class Constants:
     kernel_us: float = 4.0
     host_us: float = 7.0
     host_backward: float = 0.7
+    hidden: float = 1.0
+    update: float = 1.0
+    copy_ns: float = 0.0
     micro_us: float = 0.0
     step_us: float = 2000.0
     idle: float = 1.0

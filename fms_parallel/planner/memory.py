@@ -115,7 +115,9 @@ def of_stage(
     earlier = gradients * ((columns.count > 1) | software.gradient_buffers)
     everything = kept * blocks * held + outside
     if software.logits_at_once:
-        moments = [(everything, logits, earlier), (everything + again, np.zeros_like(logits), earlier)]
+        # By the last block's backward pass the head's input is gone; a pipeline still holds what it hands on.
+        later = everything + again - np.where(columns.pp == 1, outside, 0.0)
+        moments = [(everything, logits, earlier), (later, np.zeros_like(logits), earlier)]
     else:  # logits and what their gradient needs outlast the head: published peaks have them beside a block's
         moments = [(everything + again, logits, earlier)]
     moments.append((kept * held + again, np.zeros_like(logits), gradients))
@@ -130,7 +132,9 @@ def _logits(shape: ModelShape, columns: Columns, tokens: Array, software: Softwa
     if not software.logits_at_once:
         return elements * (w + 3 * 4)
     chunk = np.minimum(elements, software.logits_at_once)
-    ends = 3 * tokens * shape.width * w + 4 * shape.vocab * shape.width / columns.tp
+    # The head's input and its gradient over all tokens of the tp group, and the gradient of a rank's own part.
+    ends = (2 + 1 / np.where(columns.sp == 1, columns.tp, 1)) * tokens * shape.width * w
+    ends = ends + 4 * shape.vocab * shape.width / columns.tp
     return chunk * (w if w >= 4 else 2 * w + 4) + ends
 
 
@@ -196,7 +200,7 @@ class States:
         return np.asarray(c.fsdp * np.where(over, c.cp, 1))
 
     def gathered(self, whole: Array, more: Array) -> Array:
-        """Copies in the working precision: of two blocks with fsdp, of everything where states are wider without.
+        """Copies in the working precision: with fsdp of two blocks (or those kept), without of all if states are wider.
 
         `more`: parameters of the blocks for each micro-batch in flight but one, of which software may keep copies.
 
@@ -206,7 +210,9 @@ class States:
         c, s = self.columns, self.software
         wider = np.asarray(s.parameter_bytes > s.working_bytes)
         copied = wider | (s.replicas_copy & ((c.dp > 1) | (c.cp > 1)))
-        two_blocks = 2 * self.block() * (s.working_bytes + s.reduce_bytes / 2) + 2 * self.table() * s.working_bytes
+        # Blocks that stay gathered are all there at the head; while others are gathered two by two, they are gone.
+        two_blocks = self.block() * (np.maximum(c.kept, 2) * s.working_bytes + s.reduce_bytes)
+        two_blocks = two_blocks + 2 * self.table() * s.working_bytes
         kept = whole * s.working_bytes
         flying = more * s.working_bytes * (wider & s.cast_again & (c.pp > 1))
         return np.where(

@@ -7,7 +7,7 @@ compare with published measurements of theirs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fms_parallel.errors import ConfigError, unknown
@@ -43,6 +43,8 @@ class Software:
             a pipeline without fsdp keeps one copy in the working precision for each micro-batch in flight.
         ring_keeps: attention outputs that a block keeps besides with cp. ring_gradient_bytes: of one number of the
             gradients that go around that ring with keys and values; 0: as many as of keys and values.
+        host: time of the host to start one kernel, as a multiple of what plain torch needs. host_of: what an axis adds
+            per block and micro-batch where nothing hides it, in kernels: hooks, and wrappers of parameters.
         hop_whole: without sp, every rank of tp hands all activations on to the next stage, instead of a part.
     """
 
@@ -72,6 +74,8 @@ class Software:
     ring_keeps: float = 0.0
     ring_gradient_bytes: float = 0.0
     hop_whole: bool = False
+    host: float = 1.0
+    host_of: Mapping[str, float] = field(default_factory=dict)
     early_stop: bool = True
     selective_talk: float = 0.75
 

@@ -31,8 +31,9 @@ COMPARE: Mapping[str, Callable[[Array, int], Array]] = {
     ">": np.greater,
     "=": np.equal,
 }
-PINNABLE = (*AXES, "virtual", "micro", "count", "zero", "sp")
-POLICIES = ("sp", "virtual", "schedule", "recompute", "every", "offload", "zero")
+PINNABLE = (*AXES, "virtual", "micro", "count", "zero", "sp", "kept")
+COLUMN_OF = {"microbatches": "count", "micro_batch": "micro", "virtual_stages": "virtual", "keep_gathered": "kept"}
+POLICIES = ("sp", "virtual", "schedule", "recompute", "every", "offload", "zero", "kept")
 WORDS = {"schedule": SCHEDULES, "recompute": RECOMPUTE, "offload": OFFLOADS}
 
 
@@ -55,6 +56,7 @@ class Space:
     pins: Sequence[str] = ()
     exclude: Sequence[str] = ()
     zero: Sequence[int] = (0,)
+    keep_gathered: Sequence[int] = (0,)
     axes: Sequence[str] = field(default=AXES)
 
 
@@ -84,6 +86,7 @@ def _possible_words(columns: Columns) -> Array:
         & ((columns.pp > 1) | no_pipeline)
         & ((columns.dp > 1) | (columns.zero == 0))
         & ((columns.fsdp == 1) | (columns.zero == 0))
+        & (((columns.fsdp > 1) & (columns.pp == 1)) | (columns.kept == 0))
     )
 
 
@@ -122,12 +125,13 @@ def _policies(space: Space) -> Array:
         pipelines.append((1, 0))  # pp = 1 needs it; rejected by a rule of its own where pp > 1
     return np.array(
         [
-            (sp, v, code, *_recompute(policy), OFFLOADS.index(offload), zero)
+            (sp, v, code, *_recompute(policy), OFFLOADS.index(offload), zero, kept)
             for sp in (0, 1)
             for v, code in pipelines
             for policy in space.recompute
             for offload in space.offloads
             for zero in space.zero
+            for kept in space.keep_gathered
         ],
         dtype=np.int64,
     )
@@ -169,6 +173,7 @@ def rejections(columns: Columns, shape: ModelShape, sequence: int, space: Space)
         & (c.tp % shape.kv_heads != 0),
         f"tp does not divide the feed-forward width {shape.ffn_width}": shape.ffn_width % c.tp != 0,
         f"more stages than {shape.layers} blocks": stages > shape.layers,
+        f"more gathered than {shape.layers} blocks": c.kept > shape.layers,
         f"sequence {sequence} does not divide into 2 * cp pieces": (c.cp > 1) & (sequence % (2 * c.cp) != 0),
         "interleaving needs micro-batches in multiples of pp": interleaves & (c.count % c.pp != 0),
         "fewer micro-batches than stages leave ranks idle": (c.pp > 1)
@@ -194,7 +199,7 @@ def _obeys(columns: Columns, pin: str) -> Array:
     if found is None:
         raise ConfigError(f"--pin {pin!r}: write a word, a comparison and a value, as in tp<=8 or schedule=1f1b.")
     name, sign, value = found.groups()
-    name = {"microbatches": "count", "micro_batch": "micro", "virtual_stages": "virtual"}.get(name, name)
+    name = COLUMN_OF.get(name, name)
     if name in WORDS:
         if value not in WORDS[name]:
             raise ConfigError(unknown(name, value, WORDS[name]))

@@ -79,14 +79,13 @@ class Roofline:
         """Seconds of operators that run one after another, at least as long as the host needs to start them."""
         times = [self.operator(op) for op in ops]
         launches = sum(op.kernels[0] for op in ops), sum(op.kernels[1] for op in ops)
-        host = self.constants.host_us * 1e-6
+        host, shown = self.constants.host_us * 1e-6, 1 - self.constants.hidden
+        begun = launches[0] * host, launches[1] * host * self.constants.host_backward
         pairs = list(zip(ops, times, strict=True))
         zero = np.zeros(())
         return Seconds(
-            forward=np.maximum(sum((time[0] for time in times), zero), launches[0] * host),
-            backward=np.maximum(
-                sum((time[1] for time in times), zero), launches[1] * host * self.constants.host_backward
-            ),
+            forward=np.maximum(sum((time[0] for time in times), zero) + shown * begun[0], begun[0]),
+            backward=np.maximum(sum((time[1] for time in times), zero) + shown * begun[1], begun[1]),
             core=sum((time[0] for op, time in pairs if op.core), zero),
             matmuls=sum((time[0] for op, time in pairs if op.kind in (MATMUL, ATTENTION)), zero),
             last=times[-1][0],

@@ -21,6 +21,7 @@ from fms_parallel.planner.schedule import blocks_of_stages, stage_split
 from fms_parallel.planner.simulate import makespan, simulate
 from fms_parallel.planner.software import load_software
 from fms_parallel.planner.space import Space, candidates
+from fms_parallel.planner.topology import Group
 from fms_parallel.shape import ModelShape
 
 LLAMA = ModelShape(
@@ -187,7 +188,8 @@ def test_every_nth_block_is_recomputed_and_kept_as_such(every: int, blocks: int)
 
 def test_torchs_checkpoint_spares_the_last_product_and_its_exchange() -> None:
     row = Columns.of([{"micro": 2, "tp": 4, "sp": 1, "recompute": 2}])
-    early, whole = load_software("native"), replace(load_software("native"), early_stop=False)
+    early = replace(load_software("native"), gather_again=False)
+    whole = replace(early, early_stop=False)
     steps = [replace(model(), software=software).step(row) for software in (early, whole)]
     assert float((steps[1].again() - steps[0].again())[0]) == pytest.approx(float(steps[0].block.last[0]), rel=1e-9)
     assert float(steps[0].tensor_talk()[0] / steps[1].tensor_talk()[0]) == pytest.approx(2.75 / 3, rel=1e-12)
@@ -198,3 +200,41 @@ def test_fsdp_shards_over_context_parallel_ranks_too() -> None:
     memory = model().evaluate(Columns.of([{}, {"cp": 4}, {"fsdp": 2, "cp": 4}, {"fsdp": 8}])).memory
     assert memory.parameters[0] == memory.parameters[1]
     assert memory.parameters[2] == memory.parameters[3] == memory.parameters[0] / 8
+
+
+def test_sequence_parallel_inputs_are_gathered_again_in_the_backward_pass() -> None:
+    """Of 2 L + 1 regions each, behind the products that find its input's gradient; a simulated step counts as many."""
+    row = Columns.of([{"micro": 2, "tp": 4, "sp": 1}, {"micro": 2, "tp": 4}])
+    nothing_hides = DEFAULT.having({"overlap": 0.0})
+    again, once = (
+        replace(model(gather_again=words, reserve_gb=0.0), constants=nothing_hides).evaluate(row).times
+        for words in (True, False)
+    )
+    size = 2 * 2048 * LLAMA.width * 2
+    gather = float(model().collective("allgather", size, Group.of(np.array([4]), 1, 8))[0])
+    more = (again.total - once.total)[0]
+    assert more == pytest.approx(int(row.count[0]) * (2 * LLAMA.layers + 1) * gather, rel=1e-9)
+    assert again.total[1] == once.total[1]
+
+
+def test_a_processor_hides_nothing_of_what_its_host_does() -> None:
+    """On a GPU a slow host is waited for; where processors compute, its time comes on top, and axes add theirs."""
+    row = Columns.of([{"micro": 2, "dp": 2}])
+    source = model().time_source
+    ops = model().block_operators(row)
+    launched = sum(op.kernels[0] for op in ops) * 1e-3
+
+    def forward(hidden: float, host_us: float) -> float:
+        constants = DEFAULT.having({"hidden": hidden, "host_us": host_us})
+        return float(replace(source, constants=constants).total(ops).forward[0])  # type: ignore[type-var]
+
+    alone = forward(1.0, 0.0)
+    assert forward(1.0, 1000.0) == pytest.approx(max(launched, alone))
+    assert forward(0.0, 1000.0) == pytest.approx(launched + alone)
+    others = [
+        replace(model(host_of={"dp": 10.0}, host=2.0), constants=DEFAULT.having({"hidden": hidden, "host_us": 1000.0}))
+        .evaluate(row)
+        .times.other[0]
+        for hidden in (1.0, 0.0)
+    ]
+    assert others[1] - others[0] == pytest.approx(LLAMA.layers * 10 * 2e-3)

@@ -11,7 +11,10 @@ import pytest
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.planner import Cluster, Planner, Workload, load_devices, plan
 from fms_parallel.planner.cli import main
-from fms_parallel.planner.measure import COLLECTIVES, MATMULS, STREAM, device_of, predicted_block
+from fms_parallel.planner.measure import COLLECTIVES, MATMULS, STREAM, UPDATED, device_of, predicted_block
+
+HOST, KERNELS, UPDATE, COPY = 20e-6, 34, 3.0, 0.5e-9
+"""Seconds of the host per kernel, kernels of the measured block, the optimizer's factor, seconds per copied byte."""
 
 
 def made_up(ranks: int, rate: float, half: float, hop: float, wire: float, block: float) -> list[dict[str, object]]:
@@ -23,9 +26,15 @@ def made_up(ranks: int, rate: float, half: float, hop: float, wire: float, block
         "matmuls": matmuls.tolist(),
         "stream": 2 * STREAM / 20e9,
         "small": 2e-6,
+        "host": HOST * KERNELS,
         "block": block,
+        "passes": 1e-9,
+        "update": UPDATE * UPDATED * 32 / 20e9,
+        "copy": 2 * STREAM * COPY,
         "allgather": ring,
+        "reducescatter": ring,
         "allreduce": {size: 2 * seconds for size, seconds in ring.items()},
+        "pair": {size: hop + size / wire for size in COLLECTIVES},
     }
     return [dict(one) for _ in range(ranks)]
 
@@ -37,6 +46,9 @@ def test_fit_recovers_a_made_up_machine() -> None:
     assert device.memory_gb_s == pytest.approx(20)
     assert device.intra.latency_us == pytest.approx(100, rel=0.01)
     assert device.intra.gb_s == pytest.approx(1.0, rel=0.01)
+    assert device.constants["host_us"] == pytest.approx(20)
+    assert device.constants["copy_ns"] == pytest.approx(0.5)
+    assert device.constants["update"] * device.constants["stream"] ** -1 == pytest.approx(UPDATE)
 
 
 def test_a_slower_block_slows_the_model_down_to_it() -> None:
@@ -59,7 +71,8 @@ def test_nothing_hides_where_processors_move_the_bytes() -> None:
     planner = Planner.of("llama:micro", Cluster(((device, 2),)), Workload(8, 128, "fp32"))
     size = planner.model.shape.parameters() * 4
     found = planner.estimate(ParallelLayout.parse("dp=2")).breakdown["dp"]
-    assert found == pytest.approx(2 * (1e-4 + size / 2 / 1e9), rel=0.05)  # a ring over two ranks, all of it waited for
+    ring, copies = 2 * (1e-4 + size / 2 / 1e9), 2 * size * COPY  # over two ranks, all of it waited for
+    assert found == pytest.approx(ring + copies, rel=0.05)
 
 
 def test_measured_file_is_taken_by_the_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

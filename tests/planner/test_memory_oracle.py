@@ -89,7 +89,7 @@ PEAKS += ["precision=bf16", "tp=2,sp,precision=bf16"]
 
 
 @pytest.mark.parametrize("words", PEAKS)
-def test_the_fullest_moment_is_within_a_tenth(words: str) -> None:
+def test_the_fullest_moment_is_within_a_twentieth(words: str) -> None:
     layout = ParallelLayout.parse(words)
     # Processors cut the loss into smaller pieces than GPUs do.
     habits = replace(load_software("native").with_precision(layout.precision), reserve_gb=0, logits_at_once=1 << 23)
@@ -97,7 +97,7 @@ def test_the_fullest_moment_is_within_a_tenth(words: str) -> None:
     planner = Planner(Model("small", get_shape("llama", **SIZE)), Cluster.parse("h100:2"), work, habits)
     ranks = {stage_ranks(layout)[0], stage_ranks(layout)[-1]}
     found = max(simulated(words, rank).peak for rank in ranks)
-    assert planner.estimate(layout).memory_gb * GIB == pytest.approx(found, rel=0.1)
+    assert planner.estimate(layout).memory_gb * GIB == pytest.approx(found, rel=0.05)
 
 
 def planned_sizes(words: str, kind: str) -> set[float]:

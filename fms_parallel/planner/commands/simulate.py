@@ -22,14 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Simulate and show."""
     from fms_parallel.layout import ParallelLayout
-    from fms_parallel.planner import timeline
-    from fms_parallel.planner.simulate import idle, makespan, simulate
+    from fms_parallel.planner import filed, timeline
+    from fms_parallel.planner.simulate import idle, makespan
 
     planner = common.read_planner(args)
     layout = ParallelLayout.parse(args.layout).resolve(planner.cluster.gpus, planner.cluster.device.per_node)
     estimate = planner.estimate(layout)
     stages = planner.stages(layout)
-    events = simulate(layout.schedule, layout.pp, estimate.micro_batches, stages)
+    events = filed.events(planner, layout)
     if args.trace:
         timeline.write_trace(events, args.trace)
     if args.plot:
