@@ -22,7 +22,7 @@ def check_fit(layout: ParallelLayout, shape: ModelShape) -> None:
     _check_context(layout, shape)
     _check_stages(layout, shape)
     if layout.keep_gathered > shape.layers:
-        raise LayoutError(f"keep_gathered={layout.keep_gathered}: the model has {shape.layers} blocks, keep at most those.")
+        raise LayoutError(f"keep_gathered={layout.keep_gathered}: the model has {shape.layers} blocks to keep.")
     check_schedule(layout)
     if shape.tied:
         check_tied(layout, "embedding and head")

@@ -22,14 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from fms_parallel.dynamic.policy import Arm, Array, Situation, Verdict, frozen, likeness, sides
+from fms_parallel.dynamic.policy import Arm, Array, Measures, Situation, Verdict, frozen, likeness, sides
 
 Belief = tuple[float, Array, Array]
 """How likely a scale is; mean and covariance of log(measured / predicted) of the layouts under it."""
 
 
 @dataclass
-class KnowledgePolicy:
+class KnowledgePolicy(Measures):
     """See above.
 
     Args:
@@ -66,7 +66,7 @@ class KnowledgePolicy:
         if situation.condition != self.condition:
             self.weights, self.means, self.condition = {}, {}, situation.condition
         if situation.seconds is not None:
-            self._learn(situation)
+            self.turned = self.learn(situation, self.kept) or self.turned
         arms = situation.arms
         here = next(index for index, arm in enumerate(arms) if arm.name == situation.current)
         beliefs = self.beliefs(arms)
@@ -123,23 +123,6 @@ class KnowledgePolicy:
         top = max(log for log, _, _ in found)
         total = sum(math.exp(log - top) for log, _, _ in found)
         return [(math.exp(log - top) / total, mean, spread) for log, mean, spread in found]
-
-    def _learn(self, situation: Situation) -> None:
-        here = situation.arm(situation.current)
-        assert situation.seconds is not None
-        value, variance = math.log(situation.seconds / here.predicted), max(situation.spread, 0.01) ** 2
-        for name in self.weights:
-            self.weights[name] *= self.fade
-        if here.name in self.weights:
-            apart = abs(value - self.means[here.name]) / math.sqrt(variance + 1 / self.weights[here.name])
-            self.odd = self.odd + 1 if apart > self.surprise else 0
-            if self.odd == 2:  # once may be chance
-                self.weights = {name: weight * self.kept for name, weight in self.weights.items()}
-                self.odd, self.turned = 0, True
-        weight, old = 1 / variance, self.weights.get(here.name, 0.0)
-        self.means[here.name] = (old * self.means.get(here.name, 0.0) + weight * value) / (old + weight)
-        # No layout is ever known better than to a percent: what a step takes drifts.
-        self.weights[here.name] = min(old + weight, 1e4)
 
     def learned(self) -> dict[str, Any]:
         """See `Learner`."""

@@ -168,8 +168,46 @@ class RulePolicy:
 # ---- learned ----------------------------------------------------------------------------------------------------
 
 
+KEPT = 0.02
+"""Of what Thompson sampling knew, when the world has changed."""
+
+
+class Measures:
+    """What a learned policy has measured, of each layout log(measured / predicted) as a normal number.
+
+    Attributes:
+        weights, means: layout -> precision and mean. odd: measurements in a row that were further off than chance is.
+        fade: of what is known, per decision. surprise: standard deviations that count as off.
+    """
+
+    weights: dict[str, float]
+    means: dict[str, float]
+    odd: int
+    fade: float
+    surprise: float
+
+    def learn(self, situation: Situation, kept: float) -> bool:
+        """Take in what the last steps took; whether the world has changed, of which so much of what is known is left."""
+        here, turned = situation.arm(situation.current), False
+        assert situation.seconds is not None
+        value, variance = math.log(situation.seconds / here.predicted), max(situation.spread, 0.01) ** 2
+        for name in self.weights:
+            self.weights[name] *= self.fade
+        if here.name in self.weights:
+            apart = abs(value - self.means[here.name]) / math.sqrt(variance + 1 / self.weights[here.name])
+            self.odd = self.odd + 1 if apart > self.surprise else 0
+            if self.odd == 2:  # once may be chance
+                self.weights = {name: weight * kept for name, weight in self.weights.items()}
+                self.odd, turned = 0, True
+        weight, old = 1 / variance, self.weights.get(here.name, 0.0)
+        self.means[here.name] = (old * self.means.get(here.name, 0.0) + weight * value) / (old + weight)
+        # No layout is ever known better than to a percent: what a step takes drifts.
+        self.weights[here.name] = min(old + weight, 1e4)
+        return turned
+
+
 @dataclass
-class ThompsonPolicy:
+class ThompsonPolicy(Measures):
     """Thompson sampling (Thompson 1933; Russo et al., arXiv 1707.02038) over layouts, the planner as prior.
 
     log(measured / predicted) of the arms is one normal vector: an error that all share (`shared`, how wrong the machine
@@ -199,17 +237,17 @@ class ThompsonPolicy:
     """Arm -> precision of what was measured. means: arm -> mean of log(measured / predicted)."""
     means: dict[str, float] = field(default_factory=dict)
     condition: object = None
+    odd: int = 0
 
     def __post_init__(self) -> None:
         self._draws = np.random.default_rng(self.seed)
-        self._odd = 0
 
     def decide(self, situation: Situation) -> Verdict:
         """See the class."""
         if situation.condition != self.condition:
             self.weights, self.means, self.condition = {}, {}, situation.condition
         if situation.seconds is not None:
-            self._learn(situation)
+            self.learn(situation, KEPT)
         mean, covariance = self.posterior(situation.arms)
         predicted = np.array([arm.predicted for arm in situation.arms])
         spread = np.sqrt(np.diag(covariance))
@@ -254,32 +292,15 @@ class ThompsonPolicy:
         alike = np.array([[likeness(a.family, b.family) for b in arms] for a in arms])
         return np.asarray(self.shared**2 + scale * (self.alike**2 * alike + self.own**2 * np.eye(len(arms))))
 
-    def _learn(self, situation: Situation) -> None:
-        here = situation.arm(situation.current)
-        assert situation.seconds is not None
-        value, variance = math.log(situation.seconds / here.predicted), max(situation.spread, 0.01) ** 2
-        for name in self.weights:
-            self.weights[name] *= self.fade
-        if here.name in self.weights:
-            apart = abs(value - self.means[here.name]) / math.sqrt(variance + 1 / self.weights[here.name])
-            self._odd = self._odd + 1 if apart > self.surprise else 0
-            if self._odd == 2:  # once may be chance
-                self.weights = {name: weight * 0.02 for name, weight in self.weights.items()}
-                self._odd = 0
-        weight, old = 1 / variance, self.weights.get(here.name, 0.0)
-        self.means[here.name] = (old * self.means.get(here.name, 0.0) + weight * value) / (old + weight)
-        # No layout is ever known better than to a percent: what a step takes drifts.
-        self.weights[here.name] = min(old + weight, 1e4)
-
     def learned(self) -> dict[str, Any]:
         """See `Learner`; the draws to come are part of it."""
         known = {"weights": dict(self.weights), "means": dict(self.means), "condition": self.condition}
-        return {**known, "odd": self._odd, "draws": self._draws.bit_generator.state}
+        return {**known, "odd": self.odd, "draws": self._draws.bit_generator.state}
 
     def recall(self, values: dict[str, Any]) -> None:
         """See `Learner`."""
         self.weights, self.means = dict(values["weights"]), dict(values["means"])
-        self.condition, self._odd = frozen(values["condition"]), values["odd"]
+        self.condition, self.odd = frozen(values["condition"]), values["odd"]
         self._draws.bit_generator.state = values["draws"]
 
     def _stay(self, name: str, reason: str, now: float) -> Verdict:
