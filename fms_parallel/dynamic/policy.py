@@ -187,7 +187,7 @@ class Measures:
     surprise: float
 
     def learn(self, situation: Situation, kept: float) -> bool:
-        """Take in what the last steps took; whether the world has changed, of which so much of what is known is left."""
+        """Take in what the last steps took; whether the world has changed, and only `kept` of what is known counts."""
         here, turned = situation.arm(situation.current), False
         assert situation.seconds is not None
         value, variance = math.log(situation.seconds / here.predicted), max(situation.spread, 0.01) ** 2
