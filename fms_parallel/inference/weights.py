@@ -94,8 +94,8 @@ def prepare_for_decode(model: nn.Module, rows: int = 1, compiled: bool = False) 
             they read the parameters themselves, without a copy, and nearly as fast as memory gives. It takes seconds
             for each shape (less the second time), and a C++ compiler.
     Raises:
-        ConfigError: compiled without a compiler; a model without such matrices, one sharded by FSDP, on the meta
-            device, or prepared already.
+        ConfigError: compiled without a compiler; a model without such matrices, one with adapters, sharded by FSDP, on
+            the meta device, or prepared already.
     """
     if rows < 1:
         raise ConfigError(f"rows={rows}: must be >= 1.")
@@ -149,6 +149,10 @@ def _check(model: nn.Module, groups: Sequence[_Group]) -> None:
         raise ConfigError(f"{type(model).__name__} has no matrices that can be laid out for decoding.")
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise ConfigError("weights sharded by fsdp or dp are gathered for each use: load the model without them.")
+    if any(group.module.adapted for group in groups):
+        raise ConfigError(
+            "a model with adapters multiplies by its parameters: merge_lora(model), write it with save_hf, load that."
+        )
     if any(group.module.fast for group in groups):
         raise ConfigError("this model is prepared for decoding already: undo() that first.")
     if any(parameter.is_meta for group in groups for parameter in group.module.parameters()):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fms_parallel import compat
+from fms_parallel.auto.lora import add_low_rank
 from fms_parallel.errors import ConfigError
 from fms_parallel.inference import generate
 from fms_parallel.inference.compiled import MOST_ROWS, Compiled
@@ -16,6 +17,7 @@ from fms_parallel.inference.kernels import LAYOUTS, Joined
 from fms_parallel.inference.weights import Prepared, _Trial, prepare_for_decode
 from fms_parallel.modules.linear import Matrices
 from fms_parallel.modules.linear_types import get_linear_type, quantise
+from fms_parallel.modules.low_rank import LowRank
 from tests.inference.models import PROMPTS, tiny_llama
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
@@ -183,6 +185,10 @@ def test_wrong_requests_are_refused() -> None:
         prepare_for_decode(model, 0)
     with pytest.raises(ConfigError, match="no matrices"):
         prepare_for_decode(nn.Linear(2, 2))
+    adapted = tiny_llama()
+    add_low_rank(adapted, LowRank(("query",)))
+    with pytest.raises(ConfigError, match=r"merge_lora\(model\), write it with save_hf, load"):
+        prepare_for_decode(adapted)
     prepared = prepare_for_decode(model)
     if first_copy(prepared):
         with pytest.raises(ConfigError, match=r"undo\(\) that first"):
