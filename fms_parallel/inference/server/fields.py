@@ -57,12 +57,14 @@ def shown(value: Any) -> str:
 
 
 def text(name: str, value: Any) -> str:
+    """A text. Raises a 400 that names the field, as all readers here do."""
     if not isinstance(value, str):
         raise bad(name, f"{name}={shown(value)}: must be a text.")
     return value
 
 
 def flag(name: str, value: Any) -> bool:
+    """True or false."""
     if not isinstance(value, bool):
         raise bad(name, f"{name}={shown(value)}: must be true or false.")
     return value
@@ -88,6 +90,7 @@ def number(name: str, value: Any) -> float:
 
 
 def stops(name: str, value: Any) -> tuple[str, ...]:
+    """Texts that end a completion: one, or a few, none of them empty."""
     several = (value,) if isinstance(value, str) else value
     if not isinstance(several, list | tuple) or not all(isinstance(one, str) and one for one in several):
         raise bad(name, f"{name}={shown(value)}: must be a text, or a list of texts, none of them empty.")
@@ -97,6 +100,7 @@ def stops(name: str, value: Any) -> tuple[str, ...]:
 
 
 def biases(name: str, value: Any) -> dict[int, float]:
+    """Token number -> what is added to its logit, -100 to 100."""
     if not isinstance(value, dict) or not all(token.isdecimal() for token in value):
         raise bad(name, f"{name}={shown(value)}: must be an object of token numbers and what is added to their logits.")
     found = {int(token): number(f"{name}[{token}]", added) for token, added in value.items()}
@@ -112,6 +116,7 @@ def top_k(name: str, value: Any) -> int | None:
 
 
 def stream_options(name: str, value: Any) -> bool:
+    """Whether the last chunk of a stream tells the usage."""
     if not isinstance(value, dict):
         raise bad(name, f"{name}={shown(value)}: must be an object, as {{'include_usage': true}}.")
     for word in value:
@@ -146,6 +151,7 @@ OF_MESSAGES = ("role", "content", "name")
 
 
 def messages(name: str, value: Any) -> tuple[dict[str, str], ...]:
+    """The messages of a chat, with roles as templates know them."""
     if not isinstance(value, list) or not value:
         raise bad(name, f"{name}={shown(value)}: must be a list of messages, at least one.")
     return tuple(_message(f"{name}[{place}]", one) for place, one in enumerate(value))
