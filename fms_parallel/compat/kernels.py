@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule, Node
 
 
 def assert_on_device(condition: Tensor, message: str) -> None:
@@ -97,10 +98,35 @@ def compile_function(function: Callable[..., Tensor], examples: Sequence[Tensor]
 
     Nothing is recorded for gradients. Tensors of other shapes, dtypes or devices must not be given to it.
     """
-    from torch._inductor import compile as compile_graph
+    return compile_traced(trace(function, examples), examples)  # type: ignore[return-value]
+
+
+def trace(function: Callable[..., Any], examples: Sequence[Tensor]) -> GraphModule:
+    """The operations that a function does with these, without gradients; tensors of its own are constants."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with torch.no_grad():
-        graph = make_fx(function)(*examples)
-        compiled: Any = compile_graph(graph, list(examples))
-    return compiled  # type: ignore[no-any-return]
+        return make_fx(function)(*examples)
+
+
+def compile_traced(graph: GraphModule, examples: Sequence[Tensor]) -> Callable[..., Any]:
+    """What `trace` found, as `compile_function` says; it returns what the graph does."""
+    from torch._inductor import compile as compile_graph
+
+    with torch.no_grad():
+        return compile_graph(graph, list(examples))  # type: ignore[return-value]
+
+
+def stored(x: Tensor) -> Tensor:
+    """`x`; when compiled, computed once and kept in memory, not anew for everything that reads it."""
+    from torch._inductor import inductor_prims
+
+    strides: Any = inductor_prims.force_stride_order
+    return strides(x, x.stride())  # type: ignore[no-any-return]
+
+
+def split_traced(graph: GraphModule, part_of: Callable[[Node], int]) -> GraphModule:
+    """The graph as a sequence of modules, its direct children: the operations of one part (rising numbers) each."""
+    from torch.fx.passes.split_module import split_module
+
+    return split_module(graph, None, part_of)  # type: ignore[arg-type]

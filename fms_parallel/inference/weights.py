@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from fms_parallel.distributed.boxes import local_tensor
 from fms_parallel.errors import ConfigError
+from fms_parallel.inference.blocks import BlockChoice, FastBlock, fast_blocks
 from fms_parallel.inference.compiled import Compiled
 from fms_parallel.inference.kernels import COMPILED, NAMES, STORED, Kernel, candidate
 from fms_parallel.modules.embedding import Embedding
@@ -58,21 +60,34 @@ class Choice:
 
 
 class Prepared:
-    """A model with copies for decoding. As a context manager it puts everything back at the end."""
+    """A model laid out for decoding. As a context manager it puts everything back at the end.
 
-    def __init__(self, modules: Sequence[Multiplies], choices: Sequence[Choice]) -> None:
-        self.choices, self._modules = tuple(choices), list(modules)
+    Attributes:
+        choices: what was found for its matrices. blocks: for its blocks, where they were compiled.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[Multiplies],
+        choices: Sequence[Choice],
+        fast: Sequence[FastBlock] = (),
+        blocks: Sequence[BlockChoice] = (),
+    ) -> None:
+        self.choices, self.blocks = tuple(choices), tuple(blocks)
+        self._modules, self._fast = list(modules), list(fast)
 
     @property
     def extra_bytes(self) -> int:
         """Of the copies on this rank, beside the parameters."""
-        return sum(choice.extra_bytes for choice in self.choices)
+        return sum(choice.extra_bytes for choice in self.choices) + sum(block.extra_bytes for block in self._fast)
 
     def undo(self) -> None:
         """Drop the copies: the model multiplies by its parameters again."""
+        for block in self._fast:
+            block.remove()
         for module in self._modules:
             module.__dict__.pop("fast", None)
-        self._modules = []
+        self._modules, self._fast = [], []
 
     def __enter__(self) -> Prepared:
         return self
@@ -92,7 +107,8 @@ def prepare_for_decode(model: nn.Module, rows: int = 1, compiled: bool = False) 
         rows: sequences decoded at a time.
         compiled: also make kernels for the shapes at hand with torch's compiler, for up to `compiled.MOST_ROWS` rows:
             they read the parameters themselves, without a copy, and nearly as fast as memory gives. It takes seconds
-            for each shape (less the second time), and a C++ compiler.
+            for each shape (less the second time), and a C++ compiler. Blocks that can be are compiled whole
+            (`inference/blocks.py`) for `rows` and for one: hooks of their modules are not called then.
     Raises:
         ConfigError: compiled without a compiler; a model without such matrices, one with adapters, sharded by FSDP, on
             the meta device, or prepared already.
@@ -108,7 +124,9 @@ def prepare_for_decode(model: nn.Module, rows: int = 1, compiled: bool = False) 
             shapes.setdefault(group.signature(dtype), []).append(group)
         trial = _Trial(dtype, rows, Compiled(dtype) if compiled else None, _Scratch(model))
         choices = [_choose(alike, trial) for alike in shapes.values()]
-    return Prepared([group.module for group in groups], choices)
+        # One row has pieces of its own, as an engine's last request does.
+        fast, blocks = fast_blocks(model, sorted({1, rows}), dtype, trial.best) if compiled else ([], [])
+    return Prepared([group.module for group in groups], choices, fast, blocks)
 
 
 @dataclass(frozen=True)
@@ -222,9 +240,9 @@ class _Scratch:
 
     def __init__(self, model: nn.Module) -> None:
         held = {id(p): local_tensor(p) for p in model.parameters()}.values()
-        device = next(iter(held)).device
+        self.device = next(iter(held)).device
         self.bytes = min(RING_BYTES, sum(p.numel() * p.element_size() for p in held))
-        self._memory = torch.zeros(max(1, self.bytes // 4), device=device)
+        self._memory = torch.zeros(max(1, self.bytes // 4), device=self.device)
 
     def read(self) -> None:
         """Read it, and wait until that has happened."""
@@ -233,7 +251,7 @@ class _Scratch:
 
     def wait(self) -> None:
         """Until the device has done what it was told."""
-        if self._memory.device.type != "cpu":
+        if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
 
@@ -252,19 +270,24 @@ class _Trial:
         return [kernel for kernel in made if kernel is not None]
 
     def time(self, products: Sequence[Callable[[Tensor], Any]], groups: Sequence[_Group], rows: int) -> float:
-        """Seconds of one product with so many rows: the mean over the ring, the best of a few rounds."""
+        """Seconds of one product with so many rows."""
         x = torch.ones(rows, _width(groups[0], self.dtype), dtype=self.dtype, device=groups[0].device)
+        return self.best([partial(product, x) for product in products])
+
+    def best(self, calls: Sequence[Callable[[], Any]]) -> float:
+        """Seconds of one call: the mean over all, the best of a few rounds."""
         # One thread's own time does not count what others do with its core.
-        clock = time.thread_time if x.is_cpu and torch.get_num_threads() == 1 else time.perf_counter
+        alone = self.scratch.device.type == "cpu" and torch.get_num_threads() == 1
+        clock = time.thread_time if alone else time.perf_counter
         best = float("inf")
         for _ in range(ROUNDS):
             self.scratch.read()
             start = clock()
-            for product in products:
-                product(x)
+            for call in calls:
+                call()
             self.scratch.wait()
             best = min(best, clock() - start)
-        return best / len(products)
+        return best / len(calls)
 
 
 def _choose(groups: Sequence[_Group], trial: _Trial) -> Choice:

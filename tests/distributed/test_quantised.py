@@ -16,6 +16,7 @@ from fms_parallel.inference.weights import prepare_for_decode
 from fms_parallel.models import get_model
 from fms_parallel.models.build import save_hf
 from fms_parallel.modules.linear_types import quantise
+from tests.inference.models import compiled_wins
 
 TINY: dict[str, Any] = {"vocab_size": 53, "width": 32, "layers": 2, "heads": 4, "ffn_width": 37, "max_positions": 64}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -63,6 +64,9 @@ def on_ranks(layout: str, folder: str | None) -> dict[str, Any]:
         plain = build(config, **options)
         with prepare_for_decode(plain):
             found[name]["plain"] = answers(plain)
+        with compiled_wins(), prepare_for_decode(plain, compiled=True) as prepared:
+            found[name]["compiled"] = answers(plain)
+            found[name]["blocks"] = prepared.blocks
     return found
 
 
@@ -79,7 +83,17 @@ def test_ranks_agree_with_one_process(layout: str, tmp_path: Path) -> None:
             for weights in (found["built"]["weights"], found["later"], found["prepared"]["weights"]):
                 assert weights.keys() == one["weights"].keys()
                 assert all(torch.equal(tensor, one["weights"][key]) for key, tensor in weights.items()), name
-            for answer, want in ((found["built"], one), (found["prepared"], one), (found["plain"], plain)):
+            for answer, want in (
+                (found["built"], one),
+                (found["prepared"], one),
+                (found["plain"], plain),
+                (found["compiled"], plain),
+            ):
                 size = want["logits"].abs().max()
                 assert (answer["logits"] - want["logits"]).abs().max() <= 1e-5 * size, name
                 assert answer["tokens"] == want["tokens"], name
+            (blocks,) = found["blocks"]
+            if "sp" in layout:  # a block gathers and scatters its tokens
+                assert "only sums over ranks" in blocks.reason
+            else:
+                assert (blocks.compiled is None) == (name == "experts")

@@ -119,6 +119,7 @@ def test_a_model_with_compiled_kernels_computes_the_same(
     """
     if not compiles:
         monkeypatch.setattr(compat, "compile_function", lambda function, examples: function)
+        monkeypatch.setattr(compat, "compile_traced", lambda graph, examples: graph)
     times = itertools.count(100.0, step)
     monkeypatch.setattr(_Trial, "time", lambda *_: next(times))
     model = tiny_llama() if linear_type is None else quantise(tiny_llama(), linear_type)
