@@ -67,7 +67,8 @@ def compile_within(modules: list[nn.Module], budget: float, backend: str = "indu
 
     def compile_graph_within(graph: Any, inputs: list[Tensor]) -> Any:
         # What is kept is decided in here; the setting itself is of the whole process.
-        with config.patch(activation_memory_budget=budget):
+        # Process groups are inputs of a graph that sends; they hold no tensors.
+        with config.patch(activation_memory_budget=budget, unsafe_treat_script_objects_as_zero_size=True):
             return compile_graph(graph, inputs)
 
     for module in modules:  # one function for all of them: what is alike is compiled once

@@ -220,7 +220,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # in-place writes to slices would cost the compiler its fusion
         half = cos.shape[-1]
         first, second = x[..., :half], x[..., half : 2 * half]
-        pieces = [first * cos - second * sin, second * cos + first * sin, x[..., 2 * half :]]
+        pieces = [first * cos - second * sin, second * cos + first * sin]
+        if x.shape[-1] > 2 * half:  # an empty slice would cost nothing to keep, and keep all of x
+            pieces.append(x[..., 2 * half :])
         return torch.cat(pieces, dim=-1)
     if torch.is_grad_enabled():
         return _Rotate.apply(x, cos, sin)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fms_parallel.errors import ConfigError
-from fms_parallel.planner.api import TOO_LARGE, Planner, Result, search_with
+from fms_parallel.planner.api import TOO_LARGE, TOO_SLOW, Planner, Result, search_with
 from fms_parallel.planner.hardware import Cluster
 from fms_parallel.planner.space import Space
 
@@ -17,11 +17,14 @@ def step_limit(cluster: Cluster, steps: int | None, hours: float | None, dollars
     """Seconds that one step may take so that `steps` of them keep a deadline and a budget.
 
     Raises:
-        ConfigError: a limit without `--steps`.
+        ConfigError: a limit without `--steps`, or one that nothing can keep.
     """
+    for flag, value in (("--steps", steps), ("--deadline", hours), ("--budget", dollars)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"{flag} {value:g}: needs a number > 0.")
     if hours is None and dollars is None:
         return None
-    if not steps:
+    if steps is None:
         raise ConfigError("--deadline and --budget need --steps N: the optimizer steps of the whole run.")
     limits = [hours * 3600 / steps] if hours is not None else []
     if dollars is not None and cluster.price_per_hour:
@@ -36,8 +39,13 @@ def nothing_fits(planner: Planner, space: Space, result: Result, limit: float | 
         return ConfigError(_batch_message(planner, space))
     head = f"no layout of {planner.model.name} on {planner.cluster} works ({reasons})."
     ways = [way for way in (_more_devices(planner, space, limit), _offload(planner, space, limit)) if way]
+    if limit is not None and result.rejected.get(TOO_SLOW):
+        best = search_with(planner, space, 1).results[0].step_time_s
+        ways.append(f"a limit of {best:.3g} s per step on this cluster (it is {limit:.3g} s)")
     if limit is None and not ways and result.rejected.get(TOO_LARGE):
         ways.append(f"no cluster of up to {LARGEST} such devices holds it: shorten --seq or choose a larger device")
+    if not ways and (fewer := _fewer_devices(planner, space, limit)):
+        ways.append(fewer)
     if any(word.startswith(("pin", "exclude")) for word in result.rejected):
         ways.append("drop a --pin or --exclude")
     return ConfigError(f"{head} What would: {'; or '.join(ways) or 'another model, --seq or limit'}.")
@@ -61,6 +69,17 @@ def _more_devices(planner: Planner, space: Space, limit: float | None) -> str | 
         larger = replace(planner, cluster=Cluster(((device, count),)))
         if search_with(larger, space, 1, limit).results:
             return f"--gpus {device.name}:{count} (the smallest that works when doubling)"
+    return None
+
+
+def _fewer_devices(planner: Planner, space: Space, limit: float | None) -> str | None:
+    """For a number of devices that nothing divides: the next power of two below it that works."""
+    device, count = planner.cluster.groups[0]
+    power = 1 << (count.bit_length() - 1)
+    for fewer in (power >> n for n in range(power.bit_length())):
+        smaller = replace(planner, cluster=Cluster(((device, fewer),)))
+        if fewer < count and search_with(smaller, space, 1, limit).results:
+            return f"--gpus {device.name}:{fewer}, which more degrees divide"
     return None
 
 

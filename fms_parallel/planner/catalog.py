@@ -113,9 +113,29 @@ def _from_table(name: str, table: Any, source: str) -> Model:
         if key not in known:
             raise ConfigError(f"{source}: {name}: {unknown('field', key, {*known, 'experts'})}")
     try:
-        return Model(name, ModelShape(**values), Experts(**experts) if experts else None)
+        return Model(name, _checked(values, source), Experts(**experts) if experts else None)
     except TypeError as error:
         raise ConfigError(f"{source}: {name}: {error}.") from None
+
+
+def _checked(values: Mapping[str, Any], source: str) -> ModelShape:
+    """A shape of whole numbers and flags.
+
+    Raises:
+        ConfigError: another kind of value, a size below 1, or heads that kv heads do not divide. TypeError: a size that
+            is missing.
+    """
+    for f in fields(ModelShape):
+        value = values.get(f.name, f.default)
+        if f.type == "bool" and not isinstance(value, bool):
+            raise ConfigError(f"{source}: {f.name}={value!r}: is on or off; give true or false.")
+        least = 0 if f.name == "other" else 1
+        if f.type == "int" and f.name in values and (type(value) is not int or value < least):
+            raise ConfigError(f"{source}: {f.name}={value!r}: needs a whole number >= {least}.")
+    shape = ModelShape(**values)
+    if shape.heads % shape.kv_heads:
+        raise ConfigError(f"{source}: {shape.heads} heads over {shape.kv_heads} kv heads: kv heads must divide heads.")
+    return shape
 
 
 def _from_hugging_face(path: Path, table: Mapping[str, Any]) -> Model:
@@ -125,8 +145,14 @@ def _from_hugging_face(path: Path, table: Mapping[str, Any]) -> Model:
         if found is not None:
             values[word] = found
     for word in ("layers", "width", "heads", "vocab"):
+        called = " or ".join(HUGGING_FACE[word])
         if word not in values:
-            raise ConfigError(f"{path}: no {' or '.join(HUGGING_FACE[word])}: not a transformer's config.json.")
+            raise ConfigError(
+                f"{path}: no {called}: a transformer's config.json has it; a file with our own words needs width, "
+                "layers, heads, kv_heads, head_width, ffn_width, vocab and max_positions."
+            )
+        if type(values[word]) is not int or values[word] < 1:
+            raise ConfigError(f"{path}: {called}: {values[word]!r} is no whole number >= 1.")
     values.setdefault("kv_heads", values["heads"])
     values.setdefault("head_width", values["width"] // values["heads"])
     values.setdefault("ffn_width", 4 * values["width"])
@@ -145,4 +171,4 @@ def _from_hugging_face(path: Path, table: Mapping[str, Any]) -> Model:
     experts = None
     if table.get("num_local_experts"):
         experts = Experts(table["num_local_experts"], table.get("num_experts_per_tok", 2), values["ffn_width"])
-    return Model(str(path), ModelShape(**values), experts)
+    return Model(str(path), _checked(values, str(path)), experts)

@@ -6,8 +6,9 @@ It knows names and one-line descriptions only, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import NoReturn
 
@@ -27,6 +28,12 @@ COMMANDS = {
     "show-profile": "measured module times, in FASOP's form",
     "pareto-plot": "plot cost against throughput again from a table",
 }
+
+
+WRITTEN = ("html", "trace", "plot", "out", "csv", "make_pareto", "parsing_file", "log_file")
+"""Flags of any command that name a file which it writes."""
+
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,8 +70,31 @@ def _run_command(name: str, words: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    code: int = module.run(parser.parse_args(words))
+    args = parser.parse_args(words)
+    if name != "make-profile":
+        _check_files(vars(args))
+    try:
+        code: int = module.run(args)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise ConfigError(f"{error.filename}: cannot be used: {error.strerror}. Give another path.") from None
     return code
+
+
+def _check_files(flags: Mapping[str, object]) -> None:
+    """Raises ConfigError for a file that cannot be written where a flag puts it; before anything is computed."""
+    for name in WRITTEN:
+        path = flags.get(name)
+        if isinstance(path, str) and path:
+            folder = os.path.dirname(path) or "."
+            shown = f"--{name.replace('_', '-')} {path}"
+            if not os.path.isdir(folder):
+                raise ConfigError(f"{shown}: there is no folder {folder}: make it first, or give another path.")
+            if os.path.isdir(path):
+                raise ConfigError(f"{shown}: is a folder: give the name of a file in it.")
+            if name in ("plot", "make_pareto") and not path.endswith(PICTURES):
+                raise ConfigError(f"{shown}: a picture's name ends with one of {', '.join(PICTURES)}.")
 
 
 def console() -> NoReturn:

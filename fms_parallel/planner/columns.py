@@ -17,9 +17,11 @@ from fms_parallel.layout import ParallelLayout
 
 Array = NDArray[Any]
 
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE = ("none", "selective", "full", "budget")
 SCHEDULES = ("1f1b", "gpipe", "interleaved1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev")
 OFFLOADS = ("none", "optimizer_state", "params")
+WHOLE_BUDGET = 1 << 20
+"""`budget` counts in such parts: columns hold whole numbers."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Columns:
         pp, dp, fsdp, cp, tp: degrees. sp: 0 or 1. virtual: stages per rank. schedule, recompute, offload: indices into
             `SCHEDULES`, `RECOMPUTE`, `OFFLOADS`. micro: sequences in one micro-batch of one replica. count:
             micro-batches of one replica in a step. zero: ZeRO stage over dp (0, 1 or 2; fsdp > 1 is stage 3). every:
-            with full recomputation, each such block is made again. kept: blocks that stay gathered.
+            with full recomputation, each such block is made again. budget: with that policy, what blocks may keep of
+            all that they would, in parts of `WHOLE_BUDGET`. kept: blocks that stay gathered.
     """
 
     pp: Array
@@ -47,6 +50,7 @@ class Columns:
     count: Array
     zero: Array
     every: Array
+    budget: Array
     kept: Array
 
     def __len__(self) -> int:
@@ -71,23 +75,23 @@ class Columns:
         """One row for one layout: the batch is spread over its replicas and micro-batches.
 
         Raises:
-            LayoutError: a schedule from a file, or a recompute budget.
+            LayoutError: a schedule from a file.
         """
-        if layout.schedule not in SCHEDULES or layout.recompute_budget is not None:
+        if layout.schedule not in SCHEDULES:
             raise LayoutError(
-                f"{layout}: columns hold named schedules and recompute=none, selective, full and every=N; use one of "
-                "them. A schedule from a file is priced by `Planner.estimate`."
+                f"{layout}: columns hold schedules with a name; a schedule from a file is priced by `Planner.estimate`."
             )
         count = layout.pieces
         per_replica = max(global_batch // layout.data_parallel, 1)
-        policy = layout.recompute if layout.recompute in RECOMPUTE else "full"
+        policy, budget = read_policy(layout.recompute)
         row = {
             **{axis: getattr(layout, axis) for axis in ("pp", "dp", "fsdp", "cp", "tp")},
             "sp": int(layout.sp),
             "virtual": layout.stages // layout.pp,
             "schedule": SCHEDULES.index(layout.schedule),
-            "recompute": RECOMPUTE.index(policy),
+            "recompute": policy,
             "every": max(layout.recompute_interval, 1),
+            "budget": budget,
             "kept": layout.keep_gathered,
             "offload": OFFLOADS.index("optimizer_state" if layout.offload == "optimizer_step" else layout.offload),
             "micro": max(per_replica // count, 1),
@@ -97,7 +101,7 @@ class Columns:
 
     def layout(self, row: int, precision: str, split: tuple[int, ...] | None = None) -> ParallelLayout:
         """The layout of one row."""
-        pp, every = int(self.pp[row]), int(self.every[row])
+        pp = int(self.pp[row])
         pipeline: dict[str, Any] = {}
         if pp > 1:
             pipeline = {
@@ -113,17 +117,34 @@ class Columns:
             cp=int(self.cp[row]),
             tp=int(self.tp[row]),
             sp=bool(self.sp[row]),
-            recompute=RECOMPUTE[self.recompute[row]] if every == 1 else f"every={every}",
+            recompute=self.policy(row),
             precision=precision,
             offload=OFFLOADS[self.offload[row]],
             keep_gathered=int(self.kept[row]),
             **pipeline,
         )
 
+    def policy(self, row: int) -> str:
+        """The word of a layout for the recomputation of one row."""
+        word, every = RECOMPUTE[self.recompute[row]], int(self.every[row])
+        if word == "budget":
+            return f"budget={round(float(self.budget[row]) / WHOLE_BUDGET, 6):g}"
+        return word if every == 1 else f"every={every}"
+
     def recomputed(self, layers: int) -> Array:
         """Part of the blocks that full recomputation makes again: all, or with every=N each N-th from the first on."""
         blocks = -(-layers // self.pp)
         return np.asarray(-(-blocks // self.every) / blocks)
+
+    @property
+    def budgets(self) -> bool:
+        """Whether any row has a recompute budget."""
+        return bool((self.recompute == BUDGET).any())
+
+    @property
+    def share(self) -> Array:
+        """The part that a recompute budget leaves to blocks, 0 with other policies."""
+        return np.asarray(np.where(self.recompute == BUDGET, self.budget / WHOLE_BUDGET, 0.0))
 
     @property
     def ranks(self) -> Array:
@@ -135,5 +156,16 @@ class Columns:
         return replace(self, **columns)
 
 
-_POLICIES = ("sp", "schedule", "recompute", "offload", "zero", "kept")
+BUDGET = RECOMPUTE.index("budget")
+
+
+def read_policy(policy: str) -> tuple[int, int]:
+    """`selective` -> (its index, 0); `budget=0.5` -> (index of budget, 0.5 in parts); `every=4` is full."""
+    word, _, number = policy.partition("=")
+    if word == "budget":
+        return BUDGET, round(float(number) * WHOLE_BUDGET)
+    return RECOMPUTE.index(policy if policy in RECOMPUTE else "full"), 0
+
+
+_POLICIES = ("sp", "schedule", "recompute", "offload", "zero", "kept", "budget")
 _DEFAULTS = {f.name: 1 for f in fields(Columns) if f.name not in _POLICIES}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fms_parallel.planner import memory, schedule
 from fms_parallel.planner.block import Block, Ends
-from fms_parallel.planner.columns import OFFLOADS, Columns
+from fms_parallel.planner.columns import BUDGET, OFFLOADS, Columns
 from fms_parallel.planner.efficiency import DEFAULT, Constants
 from fms_parallel.planner.experts import Experts
 from fms_parallel.planner.hardware import Device
@@ -173,7 +173,18 @@ class Step:
         }[self.model.software.selective]
         fully = self.block.forward - (self.block.last if self.model.software.early_stop else 0.0)
         fully = fully * self.whole_again()
-        return np.choose(self.columns.recompute, [np.zeros_like(partly), np.maximum(partly, 0.0), fully])
+        by_policy = [np.zeros_like(partly), np.maximum(partly, 0.0), fully]
+        if self.columns.budgets:
+            by_policy.append(self.beyond_budget())
+        return np.choose(self.columns.recompute, by_policy)
+
+    def beyond_budget(self) -> Array:
+        """Seconds of making again what a recompute budget does not keep: all passes over memory, and of products and
+        attention the part that has no room. What the last product makes is never needed again."""
+        c, model = self.columns, self.model
+        kept = memory.Kept.of(model.shape, c, model.workload.sequence, model.software)
+        missing = kept.missing(c.share)
+        return self.block.forward - self.block.matmuls + missing * (self.block.matmuls - self.block.last)
 
     def talk(self) -> Array:
         """Seconds that one block waits for tp, cp and ep in forward, backward and recomputed forward."""
@@ -187,7 +198,7 @@ class Step:
         """Part of a forward pass's exchanges within tp that the backward pass repeats; an early stop spares one."""
         software = self.model.software
         fully = self.whole_again() * (0.75 if software.early_stop else 1.0)
-        return np.choose(self.columns.recompute, [0.0, software.selective_talk, fully])
+        return np.choose(self.columns.recompute, [0.0, software.selective_talk, fully, fully])
 
     def context_talk(self) -> Array:
         """cp: forward, backward, and forward again where a block is recomputed whole."""
@@ -196,7 +207,9 @@ class Step:
     def whole_again(self) -> Array:
         """The part of the blocks that is recomputed whole."""
         c = self.columns
-        return np.where(c.recompute == 2, c.recomputed(self.model.shape.layers), 0.0)
+        part = np.where(c.recompute == 2, c.recomputed(self.model.shape.layers), 0.0)
+        # A compiler makes no collective again unless nothing at all is kept.
+        return np.where((c.recompute == BUDGET) & (c.budget == 0), 1.0, part) if c.budgets else part
 
     def times(self, rank: Array, final: Array, again: Array) -> Times:
         """Seconds by purpose. The slowest rank decides each micro-batch: a full one or the last one with the head."""

@@ -71,12 +71,14 @@ class Constants:
         """The same with some constants replaced.
 
         Raises:
-            ConfigError: a constant that there is not.
+            ConfigError: a constant that there is not, or a value that is no number >= 0.
         """
         known = [f.name for f in fields(self)]
         for name in values:
             if name not in known:
                 raise ConfigError(unknown("constant", name, known))
+            if isinstance(values[name], bool) or not isinstance(values[name], (int, float)) or not values[name] >= 0:
+                raise ConfigError(f"constant {name}={values[name]!r}: needs a number >= 0.")
         return replace(self, **{name: float(value) for name, value in values.items()})
 
 

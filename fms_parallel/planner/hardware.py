@@ -136,12 +136,20 @@ class Cluster:
 def _read_group(text: str, known: Mapping[str, Device]) -> tuple[Device, int]:
     name, _, numbers = text.partition(":")
     count, slash, node = numbers.partition("/")
+    if not text:
+        raise ConfigError("--gpus: nothing stands before or behind a comma: write device:count, as in h100:64,a100:32.")
     if name.lower() not in known:
         raise ConfigError(unknown("GPU", name, known) + " Give a file with --devices to add one.")
     for number in (count, node) if slash else (count,):
         if not number.isdecimal() or int(number) < 1:
             raise ConfigError(f"--gpus {text!r}: needs a whole number >= 1 of devices, as in {name}:64 or {name}:64/8.")
     device = known[name.lower()]
+    if slash and int(count) > int(node) and int(count) % int(node):
+        fewer = int(count) - int(count) % int(node)
+        raise ConfigError(
+            f"--gpus {text!r}: {count} devices are no whole number of nodes of {node}: use {fewer} or "
+            f"{fewer + int(node)}, or other nodes."
+        )
     return (replace(device, per_node=int(node)) if slash else device), int(count)
 
 
@@ -194,11 +202,43 @@ def _read_device(name: str, table: Any, source: str) -> Device:
         if key not in known:
             raise ConfigError(f"{source}: {name}: {unknown('field', key, known)}")
     values = dict(table)
-    try:
-        for link in ("intra", "inter"):
-            words = dict(values[link])
-            words["efficiency"] = tuple(words.get("efficiency", (0.8,)))
-            values[link] = Link(**words)
-        return Device(name=name, **{key: value for key, value in values.items() if key != "name"})
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{source}: {name}: {error}; needs {', '.join(known[1:7])}.") from None
+    where = f"{source}: {name}"
+    needed = ("memory_gb", "tflops", "vector_tflops", "memory_gb_s", "intra", "inter")
+    for field_name in needed:
+        if field_name not in table:
+            raise ConfigError(f"{where}: no {field_name}; a device needs {', '.join(needed)}.")
+    for key in ("intra", "inter"):
+        values[key] = _read_link(table[key], f"{where}: {key}")
+    _check_numbers(table, where, "memory_gb", "vector_tflops", "memory_gb_s", "host_gb_s", "per_node", "sustained")
+    _check_numbers(table, where, "price_per_hour", zero=True)
+    for key in ("tflops", "constants"):
+        if not isinstance(table.get(key, {}), dict) or (key == "tflops" and not table[key]):
+            raise ConfigError(f"{where}: {key}: needs an object with a number for each name.")
+        _check_numbers(table.get(key, {}), f"{where}: {key}", *table.get(key, {}), zero=key == "constants")
+    return Device(name=name, **{key: value for key, value in values.items() if key != "name"})
+
+
+def _read_link(table: Any, where: str) -> Link:
+    known = [f.name for f in fields(Link)]
+    if not isinstance(table, dict) or not {"gb_s", "latency_us"} <= table.keys():
+        raise ConfigError(f"{where}: needs an object with gb_s and latency_us.")
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"{where}: {unknown('field', key, known)}")
+    _check_numbers(table, where, "gb_s")
+    _check_numbers(table, where, "latency_us", "tree_us", zero=True)
+    parts = table.get("efficiency", (0.8,))
+    if not isinstance(parts, (list, tuple)) or not parts:
+        raise ConfigError(f"{where}: efficiency: needs a list of numbers, as in [0.8].")
+    numbered = {f"efficiency {i}": part for i, part in enumerate(parts, 1)}
+    _check_numbers(numbered, where, *numbered)
+    return Link(**{**table, "efficiency": tuple(parts)})
+
+
+def _check_numbers(table: Mapping[str, Any], where: str, *names: str, zero: bool = False) -> None:
+    """Raises ConfigError for a field that is there and no number > 0, or >= 0 where `zero` may be."""
+    for name in names:
+        value = table.get(name, 1)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not (value >= 0 if zero else value > 0) or value == float("inf"):
+            raise ConfigError(f"{where}: {name}={value!r}: needs a number {'>=' if zero else '>'} 0.")

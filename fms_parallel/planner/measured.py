@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fms_parallel.errors import ConfigError
+from fms_parallel.errors import ConfigError, unknown
 from fms_parallel.planner.catalog import find_model
 from fms_parallel.planner.hardware import read_json
+from fms_parallel.planner.topology import SWITCHED
 from fms_parallel.shape import ModelShape
 
 VOCAB = 51200
@@ -72,6 +73,9 @@ def read_measured(path: str | Path) -> list[Table]:
     """
     content = read_json(path)
     if "tables" in content:
+        entries = content["tables"]
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ConfigError(f"{path}: tables: needs a list of objects; see --help for the forms.")
         return [table for entry in content["tables"] for table in _published(path, entry)]
     rows = {key: value for key, value in content.items() if isinstance(value, list) and value}
     if not rows:
@@ -80,6 +84,9 @@ def read_measured(path: str | Path) -> list[Table]:
 
 
 def _table(path: str | Path, name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}: {name} row {index}: is {row!r}, needs an object with a value for each column.")
     if "op" in rows[0]:
         return Table(name, collectives=[_guard(path, name, i, _collective, row) for i, row in enumerate(rows)])
     return Table(name, cases=[_guard(path, name, i, _vtrain, row) for i, row in enumerate(rows)])
@@ -94,7 +101,18 @@ def _guard(path: str | Path, table: str, index: int, read: Callable[[Mapping[str
         raise ConfigError(f"{path}: {table} row {index}: {error}.") from None
 
 
+def _check(row: Mapping[str, Any], *names: str) -> None:
+    """Raises KeyError for a column that is missing, ValueError for one that is no number > 0."""
+    for name in names:
+        value = row[name]
+        if isinstance(value, bool) or not 0 < float(value) < float("inf"):
+            raise ValueError(f"{name}={value!r}: needs a number > 0")
+
+
 def _collective(row: Mapping[str, Any]) -> Collective:
+    _check(row, "size", "num_nodes", "gpus_per_node", "time-o")
+    if row["op"] not in (*SWITCHED, "p2p"):
+        raise ValueError(unknown("collective", str(row["op"]), (*SWITCHED, "p2p")).removesuffix("."))
     return Collective(row["op"], row["size"], row["num_nodes"], row["gpus_per_node"], row["time-o"] * 1e-6)
 
 
@@ -120,6 +138,7 @@ def gpt(width: int, layers: int, heads: int, sequence: int, vocab: int = VOCAB) 
 
 def _vtrain(row: Mapping[str, Any]) -> Case:
     """Megatron-LM with full recomputation on nodes of eight A100 behind 800 Gb/s."""
+    _check(row, "tp", "dp", "pp", "mbs", "gbs", "hidden", "layers", "heads", "seq", "iter_ms")
     settings = {key: int(row[key]) for key in ("tp", "dp", "pp")}
     micro = int(row["mbs"])
     settings |= {"micro": micro, "count": max(int(row["gbs"]) // settings["dp"] // micro, 1), "recompute": 2}
@@ -167,6 +186,8 @@ SECONDS = (
 
 def _gpt_case(entry: Mapping[str, Any], row: Mapping[str, Any]) -> Case:
     whole = {**entry, **row}
+    _check(row, "hidden", "heads", "layers")
+    _check(whole, *(key for key in ("tp", "pp", "dp", "gpus", "seq", "vocab", *dict(SECONDS)) if key in whole))
     seconds = next((float(row[key]) * unit for key, unit in SECONDS if key in row), None)
     sequence, heads = int(whole.get("seq", 2048)), int(row["heads"])
     batch = int(row.get("global_batch", row.get("gbs", row.get("batch", 0))))

@@ -74,4 +74,5 @@ def launch(result: Result, estimate: Estimate) -> str:
     model = f" --architecture {architecture} --variant {variant}" if variant else ""
     batch = f"--batch_size {result.workload.global_batch} --seq_len {result.workload.sequence}{accumulation}"
     layout = f'--distributed "{estimate.layout}"'
-    return f"torchrun {where}{rendezvous} scripts/train_causal.py{model} {layout} {batch} --device_type cuda"
+    compiled = " --compile" if estimate.layout.recompute_budget is not None else ""
+    return f"torchrun {where}{rendezvous} scripts/train_causal.py{model} {layout} {batch}{compiled} --device_type cuda"

@@ -45,6 +45,12 @@ class Software:
             gradients that go around that ring with keys and values; 0: as many as of keys and values.
         host: time of the host to start one kernel, as a multiple of what plain torch needs. host_of: what an axis adds
             per block and micro-batch where nothing hides it, in kernels: hooks, and wrappers of parameters.
+        hop_buffers: a pipeline has buffers of its own for all that a step receives, and keeps what it sent until that
+            micro-batch's backward pass, as torch's does.
+        stream_pools: memory is reserved per stream, as by torch's allocator: what fsdp's gathers and reductions had is
+            not free for activations.
+        repeats_kv: attention is given keys and values repeated for every query head. ring_gathers: with cp, those of
+            all its ranks at once, and fp32 sums of their gradients.
         hop_whole: without sp, every rank of tp hands all activations on to the next stage, instead of a part.
     """
 
@@ -73,6 +79,10 @@ class Software:
     cast_again: bool = False
     ring_keeps: float = 0.0
     ring_gradient_bytes: float = 0.0
+    hop_buffers: bool = False
+    stream_pools: bool = False
+    repeats_kv: bool = False
+    ring_gathers: bool = False
     hop_whole: bool = False
     host: float = 1.0
     host_of: Mapping[str, float] = field(default_factory=dict)

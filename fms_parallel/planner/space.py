@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fms_parallel.errors import ConfigError, unknown
+from fms_parallel.errors import ConfigError, LayoutError, unknown
 from fms_parallel.layout import AXES
 from fms_parallel.planner import schedule
-from fms_parallel.planner.columns import OFFLOADS, RECOMPUTE, SCHEDULES, Columns
+from fms_parallel.planner.columns import OFFLOADS, RECOMPUTE, SCHEDULES, Columns, read_policy
 from fms_parallel.shape import ModelShape
+from fms_parallel.words import recompute_number
 
 Array = NDArray[Any]
 
@@ -33,7 +34,7 @@ COMPARE: Mapping[str, Callable[[Array, int], Array]] = {
 }
 PINNABLE = (*AXES, "virtual", "micro", "count", "zero", "sp", "kept")
 COLUMN_OF = {"microbatches": "count", "micro_batch": "micro", "virtual_stages": "virtual", "keep_gathered": "kept"}
-POLICIES = ("sp", "virtual", "schedule", "recompute", "every", "offload", "zero", "kept")
+POLICIES = ("sp", "virtual", "schedule", "recompute", "every", "budget", "offload", "zero", "kept")
 WORDS = {"schedule": SCHEDULES, "recompute": RECOMPUTE, "offload": OFFLOADS}
 
 
@@ -42,21 +43,22 @@ class Space:
     """What a search may use.
 
     Attributes:
-        schedules, recompute, offloads: words of the layout, `every=N` among them. max_virtual: stages per rank of
-            schedules that interleave. max_micro: largest micro-batch. pins: words as in `tp<=8`, `pp=4`.
+        schedules, recompute, offloads: words of the layout, `every=N` and `budget=PART` among them. max_virtual: stages
+            per rank of schedules that interleave. max_micro: largest micro-batch. pins: words as in `tp<=8`, `pp=4`.
             exclude: axes that stay 1, or words of a policy. zero: ZeRO stages over dp; only 0 has a word in
-            `ParallelLayout`.
+            `ParallelLayout`. keep_gathered: blocks that stay gathered; None: as many as memory has room for, where that
+            makes a step faster, or what pins name.
     """
 
     schedules: Sequence[str] = ("1f1b", "interleaved1f1b", "zbv")
-    recompute: Sequence[str] = RECOMPUTE
+    recompute: Sequence[str] = RECOMPUTE[:3]
     offloads: Sequence[str] = ("none",)
     max_virtual: int = 8
     max_micro: int | None = None
     pins: Sequence[str] = ()
     exclude: Sequence[str] = ()
     zero: Sequence[int] = (0,)
-    keep_gathered: Sequence[int] = (0,)
+    keep_gathered: Sequence[int] | None = None
     axes: Sequence[str] = field(default=AXES)
 
 
@@ -131,20 +133,36 @@ def _policies(space: Space) -> Array:
             for policy in space.recompute
             for offload in space.offloads
             for zero in space.zero
-            for kept in space.keep_gathered
+            for kept in kept_blocks(space)
         ],
         dtype=np.int64,
     )
 
 
-def _recompute(policy: str) -> tuple[int, int]:
-    """`every=4` -> (index of full, 4); a word alone is for every block."""
-    word, _, number = policy.partition("=")
-    if word == "every" and number.isdecimal() and int(number) > 1:
-        return RECOMPUTE.index("full"), int(number)
-    if policy not in RECOMPUTE:
-        raise ConfigError(unknown("recompute policy", policy, (*RECOMPUTE, "every=N")))
-    return RECOMPUTE.index(policy), 1
+def kept_blocks(space: Space) -> Sequence[int]:
+    """Numbers of blocks that stay gathered: those of the space, or 0 and those around the numbers in pins."""
+    if space.keep_gathered is not None:
+        return space.keep_gathered
+    numbers = {0}
+    for pin in space.pins:
+        found = re.fullmatch(r"\s*(?:kept|keep_gathered)\s*\D+(\d+)\s*", pin)
+        near = range(max(int(found[1]) - 1, 0), int(found[1]) + 2) if found else ()
+        numbers.update(near)
+    return sorted(numbers)
+
+
+def _recompute(policy: str) -> tuple[int, int, int]:
+    """(index of the policy, each how many blocks, budget): `every=4` is full for each fourth block.
+
+    Raises:
+        ConfigError: no policy that a layout has.
+    """
+    try:
+        number = recompute_number(policy)
+    except LayoutError as error:
+        raise ConfigError(f"--recompute: {error}") from None
+    index, budget = read_policy(policy)
+    return index, max(int(number), 1), budget
 
 
 def _micro_batches(replicas: Array, global_batch: int, largest: int | None) -> Array:

@@ -82,6 +82,8 @@ def _row(label: str, measured: float, predicted: float) -> dict[str, Any]:
 
 def _steps(table: Table, predictor: Predictor, calibrate_rows: int) -> Part:
     cases, fitted = list(table.cases), None
+    if calibrate_rows < 0:
+        raise ConfigError(f"--calibrate-rows {calibrate_rows}: needs a whole number >= 0.")
     if calibrate_rows and len(cases) > 1:
         if calibrate_rows >= len(cases):
             raise ConfigError(

@@ -30,7 +30,16 @@ def compare(layout: str) -> tuple[Report, dict[str, int], int]:
 
 
 @pytest.mark.parametrize(
-    "layout", ["tp=2", "tp=2,sp", "fsdp=2", "fsdp=2,recompute=full", "fsdp=2,recompute=budget=0.2"]
+    "layout",
+    [
+        "tp=2",
+        "tp=2,sp",
+        "fsdp=2",
+        "fsdp=2,recompute=full",
+        "fsdp=2,recompute=budget=0.2",
+        # Process groups are inputs of these graphs, which budgets once refused.
+        "tp=2,sp,recompute=budget=0.2",
+    ],
 )
 def test_compiled_matches_eager_in_one_process(layout: str) -> None:
     for report, breaks, graphs in run_ranks(compare, 2, layout, timeout=400.0):

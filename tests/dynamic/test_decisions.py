@@ -153,9 +153,12 @@ def test_memory_that_is_nearly_full_brings_a_layout_that_needs_less() -> None:
 
 
 def test_a_layout_without_a_price_is_kept_and_one_that_cannot_go_on_is_left() -> None:
-    adaptation = Adaptation(selector(), SwitchCosts(None, 1e9), Phases([Phase(20, batch_size=6)], 16, 32), steps=100)
+    found = selector()
+    adaptation = Adaptation(found, SwitchCosts(None, 1e9), Phases([Phase(20, batch_size=6)], 16, 32), steps=100)
     adaptation._basis = (WORK, (1.0,))
-    adaptation.layout = ParallelLayout.parse("pp=2,fsdp=2,recompute=budget=0.5")
+    adaptation.layout = unpriced = ParallelLayout.parse("pp=2,fsdp=2,recompute=budget=0.5")
+    price = found.priced
+    found.priced = lambda layout, *more: None if layout == unpriced else price(layout, *more)  # type: ignore[method-assign]
     assert adaptation._decide(10, "") is None and "no price" in adaptation.history.events[-1].reason
     adaptation.layout = ParallelLayout.parse("dp=4")
     proposal = adaptation._decide(20, "6 rows in a step")

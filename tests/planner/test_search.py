@@ -36,7 +36,7 @@ def test_every_factorisation_is_there_once() -> None:
 
 
 def test_best_of_search_is_best_of_brute_force() -> None:
-    space = Space(schedules=("1f1b",))
+    space = Space(schedules=("1f1b",), keep_gathered=(0,))
     workload = Workload(32, 2048)
     planner = Planner.of("llama:3.1-8b", "a100:8", workload)
     best = None

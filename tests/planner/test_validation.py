@@ -79,6 +79,12 @@ TITAN = {
             "header": ["Schedule", "TPS/GPU", "Memory(GiB)"],
             "rows": [["1F1B", "100", "82.5"], ["Interleaved 1F1B", "128", "72.7"]],
         },
+        {
+            "caption": "4D parallelism (FSDP + TP + PP + CP) + torch.compile + Float8 + AsyncTP + 1F1B. Llama 3.1 405B "
+            "model. 512 GPUs (TP 8, PP8). Local batch size 8. Full activation checkpointing.",
+            "header": ["Parallelism", "Sequence Length", "TPS/GPU", "Memory(GiB)"],
+            "rows": [["FSDP 8, CP 1", "32768", "76", "75.3"], ["FSDP 1, CP 8", "262144", "16", "84.9"]],
+        },
     ],
 }
 
@@ -86,7 +92,7 @@ TITAN = {
 def test_torchtitan_captions_become_layouts_and_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "t.json", {"tables": [TITAN]})
     tables = read_measured(path)
-    assert [len(t.cases) for t in tables] == [3, 2]
+    assert [len(t.cases) for t in tables] == [3, 2, 2]
     first, pipeline = tables[0].cases[2], tables[1].cases[1]
     assert (first.precision, first.settings["fsdp"], first.settings["micro"], first.memory_gb) == ("fp8", 8, 2, 76.8)
     assert {k: pipeline.settings[k] for k in ("pp", "tp", "fsdp", "virtual")} == {
@@ -98,7 +104,7 @@ def test_torchtitan_captions_become_layouts_and_predictions(tmp_path: Path, caps
     assert pipeline.seconds == pytest.approx(256 * 8192 / 128 / 512)
     main(["validate", "--measured", str(path), "--json"])
     for table in json.loads(capsys.readouterr().out)["tables"]:
-        assert table["mape"] < 0.15 and table["memory"]["mape"] < 0.08
+        assert table["mape"] < 0.15 and table["memory"]["mape"] < 0.07 and table["memory"]["p90"] < 0.085
         assert table["feasible"] == table["n"]
 
 

@@ -36,7 +36,8 @@ def simulated(words: str) -> Simulation:
 
 def planner(link: float = 0.01) -> Planner:
     """Over links of so many GB/s, by default too slow for gathers to hide behind computation."""
-    habits = replace(load_software("native").with_precision("fp32"), reserve_gb=0, logits_at_once=1 << 23)
+    native = load_software("native").with_precision("fp32")
+    habits = replace(native, reserve_gb=0, stream_pools=False, logits_at_once=1 << 23)
     work = Workload(global_batch=B, sequence=S, precision="fp32")
     device = Cluster.parse("h100:2").device
     slow = replace(device, intra=replace(device.intra, gb_s=link), inter=replace(device.inter, gb_s=link))
@@ -78,6 +79,22 @@ def test_the_planner_keeps_as_many_as_fit() -> None:
     two, three = (slow.estimate(ParallelLayout(fsdp=2, keep_gathered=kept)).memory_gb for kept in (2, 3))
     tight = Cluster(((replace(slow.cluster.device, memory_gb=(two + three) / 2), 2),))
     assert search_with(replace(slow, cluster=tight), space, 1).results[0].layout.keep_gathered == 2
+
+
+def test_a_search_that_is_told_nothing_keeps_what_there_is_room_for() -> None:
+    """Against trying every number; a twentieth of the memory stays free."""
+    slow, space = planner(), Space(pins=("fsdp=2",), recompute=("none",))
+    every = replace(space, keep_gathered=range(5))
+    found, best = (search_with(slow, s, 1).results[0] for s in (space, every))
+    assert found == best and found.layout.keep_gathered == 4
+    three = slow.estimate(ParallelLayout(fsdp=2, keep_gathered=3)).memory_gb
+    tight = Cluster(((replace(slow.cluster.device, memory_gb=three / 0.949), 2),))
+    result = search_with(replace(slow, cluster=tight), space, 99)
+    assert result.results[0].layout.keep_gathered == 3
+    assert result.considered == result.feasible + sum(result.rejected.values())
+    for pins, kept in ((("kept=1",), {1}), (("keep_gathered<=2",), {0, 1, 2}), (("keep_gathered=0",), {0})):
+        results = search_with(slow, replace(space, pins=("fsdp=2", *pins)), 99).results
+        assert {e.layout.keep_gathered for e in results if e.layout.fsdp == 2} == kept
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,13 @@ def read_planner(args: argparse.Namespace) -> Planner:
     constants = DEFAULT
     if args.constants:
         table = read_json(args.constants)
-        constants = DEFAULT.having(table.get("constants", table))
+        values = table.get("constants", table)
+        if not isinstance(values, dict):
+            raise ConfigError(f"{args.constants}: constants: needs an object with a number for each name.")
+        try:
+            constants = DEFAULT.having(values)
+        except ConfigError as error:
+            raise ConfigError(f"{args.constants}: {error}") from None
     return Planner.of(model, read_cluster(args), workload, args.software, constants)
 
 

@@ -37,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--schedules", nargs="+", metavar="WORD", help="pipeline schedules (default: 1f1b interleaved1f1b zbv)"
     )
     limits.add_argument(
-        "--recompute", nargs="+", metavar="WORD", help="policies, every=N among them (default: none selective full)"
+        "--recompute",
+        nargs="+",
+        metavar="WORD",
+        help="policies, every=N and budget=PART among them (default: none selective full)",
     )
     limits.add_argument("--offload", action="store_true", help="also consider optimizer and parameters in host memory")
     limits.add_argument("--deadline", type=float, metavar="HOURS", help="with --steps: drop what takes longer")

@@ -151,6 +151,8 @@ def read_job(args: argparse.Namespace) -> tuple[list[Gpu], Options, list[int]]:
         )
     if args.gbs < 1 or (args.gpu_per_node is not None and args.gpu_per_node < 1):
         raise ConfigError("--gbs and --gpu-per-node: need whole numbers >= 1.")
+    if args.top < 1 or (args.pareto_gbs_max is not None and args.pareto_gbs_max < 1):
+        raise ConfigError("--top and --pareto-gbs-max: need whole numbers >= 1.")
     nodes = [
         find_gpu(name, args.pareto)
         for name, count in zip(args.gpus[::2], args.gpus[1::2], strict=True)

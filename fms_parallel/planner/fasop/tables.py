@@ -125,8 +125,10 @@ def _read(file: Any, name: str) -> Array:
     try:
         with np.load(file, allow_pickle=False) as content:
             data = np.asarray(content["data"], dtype=float)
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{name}: not a profile: {error}; it needs an array `data`.") from None
+    except KeyError:
+        raise ConfigError(f"{name}: not a profile: it has no array `data`.") from None
+    except (ValueError, OSError, zipfile.BadZipFile):
+        raise ConfigError(f"{name}: not a profile, not even an NPZ file; `fms-plan make-profile` writes one.") from None
     if data.ndim != 2 or data.shape[1] != len(COLUMNS) or not len(data):
         raise ConfigError(f"{name}: data is {data.shape}, needs (rows, {len(COLUMNS)}): {', '.join(COLUMNS)}.")
     if not (np.isfinite(data).all() and (data >= 0).all()):
