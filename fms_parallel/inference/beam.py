@@ -49,6 +49,10 @@ class BeamSearch:
     endings: Endings = field(default_factory=Endings)
 
     def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+                raise ConfigError(f"{name}={value!r}: must be {_SAID[kinds]}.")
         if self.beams < 1 or self.max_new_tokens < 1:
             raise ConfigError(f"beams={self.beams}, max_new_tokens={self.max_new_tokens}: both must be >= 1.")
         if not 1 <= self.returned <= self.beams:
@@ -83,6 +87,12 @@ class BeamSearch:
             search.close()
 
 
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("beams", "max_new_tokens", "returned"), int),
+    **{"length_penalty": (int, float), "early_stopping": bool},
+}
+_SAID: dict[Any, str] = {int: "a whole number", (int, float): "a number", bool: "True or False"}
+
 Candidate = tuple[float, int, int]
 """Score so far, number of the beam, token."""
 
@@ -114,7 +124,12 @@ class _Search:
     def _candidates(self) -> list[Candidate]:
         """One forward; the likeliest continuations of all beams, best first."""
         engine, rules = self.engine, self.rules
-        pieces = [row.piece() for row in self.rows]
+        pieces = [row.piece(1, engine.setup.chunk(None)) for row in self.rows]
+        while not all(piece.wanted for piece in pieces):  # a prompt in chunks
+            engine.runner.logits(pieces, engine.storage)
+            for row, piece in zip(self.rows, pieces, strict=True):
+                row.did(piece)
+            pieces = [row.piece(1, engine.setup.chunk(None)) for row in self.rows]
         count = rules.beams * max(2, 1 + len(rules.endings.eos))
         values, tokens = engine.runner.likeliest(pieces, engine.storage, count)
         if not values[:, 0].isfinite().all():

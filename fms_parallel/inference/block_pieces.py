@@ -144,10 +144,14 @@ class Pieces:
         self._made: dict[Any, Callable[..., Any]] = {}
 
     def of(self, graph: GraphModule, given: Sequence[Tensor]) -> Callable[..., Any]:
-        """The piece that computes `graph` for tensors like these."""
+        """The piece that computes `graph` for tensors like these. Raises ConfigError: the compiler cannot."""
         key = (graph.code, *((t.dtype, t.device, t.shape, t.stride()) for t in given))
         if key not in self._made:
-            self._made[key] = compat.compile_traced(graph, given)
+            try:
+                self._made[key] = compat.compile_traced(graph, given)
+            except Exception as error:  # anything, from a compiler
+                said = str(error).strip().splitlines() or [""]
+                raise ConfigError(f"cannot be compiled: {type(error).__name__}: {said[0]}") from error
         return self._made[key]
 
 

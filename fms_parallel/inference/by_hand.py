@@ -39,6 +39,7 @@ class ByHand:
     _lock: threading.RLock
     _mode: EvalMode
     _worker: Worker
+    _closed: bool
     _generation: ScheduleGeneration | None = None
 
     def beam_search(self, prompt: Prompt, **options: Any) -> list[Hypothesis]:
@@ -72,6 +73,8 @@ class ByHand:
     def by_hand(self) -> Iterator[None]:
         """For one who runs the model: eval mode, no gradients, and no step of the engine meanwhile."""
         with self._lock:
+            if self._closed:
+                raise ConfigError("this engine is closed: make a new one.")
             self._mode.enter()
             try:
                 with self._mode.no_gradients():

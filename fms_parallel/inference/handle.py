@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fms_parallel.errors import FmsError
+from fms_parallel.errors import ConfigError, FmsError
 from fms_parallel.inference.request import Ids
 from fms_parallel.inference.sampler import Chosen
 
@@ -27,6 +27,7 @@ class Event:
     Attributes:
         request: number of the request. row: of the batch it came in. tokens: new ones. text: that may be shown now.
         logprobs: of the tokens, where asked for. finish: why the request ended, in its last event.
+        prompt_logprobs: in the first event, where asked for: see `Completion`.
     """
 
     request: int
@@ -35,6 +36,7 @@ class Event:
     text: str = ""
     logprobs: tuple[Chosen, ...] = ()
     finish: str | None = None
+    prompt_logprobs: tuple[Chosen, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -49,6 +51,7 @@ class Completion:
             ones, without what ended them; "" without a tokenizer. finish: one of `FINISHES`. error: what went wrong.
         logprobs: of the new tokens, where asked for. shared: prompt tokens that another row had computed.
         first_token_s, total_s: seconds from the request to its first token, and to its end.
+        prompt_logprobs: of the prompt's tokens from the second on, where asked for.
     """
 
     prompt: Ids
@@ -60,6 +63,7 @@ class Completion:
     shared: int = 0
     first_token_s: float | None = None
     total_s: float = 0.0
+    prompt_logprobs: tuple[Chosen, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -84,6 +88,8 @@ class Handle:
         drive: Callable[[], bool],
         cancel: Callable[[int], object],
     ) -> None:
+        if not (stream is None or callable(stream)):
+            raise ConfigError(f"stream={stream!r}: must be a function of one Event, as print is.")
         self.number, self.row = number, row
         self.started = time.monotonic()
         self._stream, self._drive, self._cancel = stream, drive, cancel
@@ -135,7 +141,7 @@ class Handle:
     def tell(self, event: Event, completion: Completion | None = None) -> None:
         """An event, and with the last one what came of the request."""
         try:
-            if self._stream is not None and (event.tokens or event.text):
+            if self._stream is not None and (event.tokens or event.text or event.prompt_logprobs):
                 self._stream(event)
         finally:
             self._completion = completion or self._completion

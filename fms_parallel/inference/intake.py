@@ -5,13 +5,14 @@ It knows a tokenizer, sizes and rules; it knows no models and no running rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from fms_parallel.errors import ConfigError, FmsError
+from fms_parallel.errors import ConfigError, FmsError, unknown
 from fms_parallel.inference.options import Options, check_tokens, read_prompt
+from fms_parallel.inference.paged import most_blocks
 from fms_parallel.inference.report import sizes
 from fms_parallel.inference.request import Ids
 from fms_parallel.inference.setup import Setup
@@ -71,9 +72,26 @@ class Intake:
                 f"{asked} {sizes(total, token)}, beyond max_seq_len={setup.longest} ({sizes(setup.longest, token)}): "
                 f"shorten the prompt or ask for at most {max(0, setup.longest - len(ids))} new tokens."
             )
-        room = setup.blocks * setup.block_size
-        if setup.cache != "none" and total - 1 > room:
-            raise ConfigError(f"{asked} {sizes(total, token)}, but the whole cache has {sizes(room, token)}.")
+        least = most_blocks(max(len(ids), total - 1), setup.block_size, setup.window)
+        if setup.cache != "none" and least > setup.blocks:
+            room = f"but the whole cache has {sizes(setup.blocks * setup.block_size, token)}"
+            seen = f"window={setup.window}: {least * setup.block_size:,} of them at a time"
+            seen = "" if setup.window is None else f" ({seen})"
+            raise ConfigError(f"{asked} {sizes(total, token)}{seen}, {room}: make the engine with more cache_tokens.")
+
+
+def several_of(prompts: Any) -> list[Any]:
+    """The prompts of one call. Raises ConfigError on something that is no list of them."""
+    if not isinstance(prompts, Iterable) or (isinstance(prompts, Tensor) and prompts.ndim == 0):
+        raise ConfigError(f"prompts={prompts!r}: give a text, or a list of texts or of lists of token ids.")
+    return list(prompts)
+
+
+def read_errors(word: Any) -> bool:
+    """Whether impossible requests are raised. Raises ConfigError on an unknown word."""
+    if word not in ("raise", "return"):
+        raise ConfigError(unknown("word of errors", str(word), ("raise", "return")))
+    return bool(word == "raise")
 
 
 def _of_row(name: str, value: Any, row: int, rows: int) -> Any:

@@ -28,10 +28,13 @@ class CacheSize:
 
     Attributes:
         layers: layer number -> (kv heads held here, D). dtype: of keys and values.
+        window: where every layer of the model has one, the longest: a query sees itself and the window - 1 tokens
+            before it; None: some layer sees all.
     """
 
     layers: dict[int, tuple[int, int]]
     dtype: torch.dtype
+    window: int | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> CacheSize:
@@ -43,7 +46,7 @@ class CacheSize:
                 f"{type(model).__name__} has no fms_parallel.modules.attention.Attention: the engine cannot keep its "
                 "keys and values. Build the model from those modules, or load it with get_model."
             )
-        return cls(layers, compute_dtype(model))
+        return cls(layers, compute_dtype(model), getattr(getattr(model, "config", None), "window", None))
 
     @property
     def token_bytes(self) -> int:

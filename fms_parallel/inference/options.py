@@ -6,7 +6,7 @@ It knows words, numbers and rules; it knows nothing of modules, caches or ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from operator import index
 from typing import Any
@@ -35,9 +35,12 @@ class Options:
         logit_bias: added to the logits of these tokens, (token, bias) each.
         stop_text: texts that end a row where they first occur; they are no part of its text. endings: tokens that do.
         logprobs: tell the log-probability of each new token, and of this many of the likeliest; None: of none.
+        prompt_logprobs: the same of each token of the prompt but the first; then max_new_tokens may be 0.
+        min_new_tokens: before so many nothing ends a row: no token of `endings.eos` is chosen, no stop is looked for.
     """
 
     max_new_tokens: int = 128
+    min_new_tokens: int = 0
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -51,20 +54,29 @@ class Options:
     stop_text: tuple[str, ...] = ()
     endings: Endings = field(default_factory=Endings)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name, (least, most, rule) in _RANGES.items():
             value = getattr(self, name)
             if not (isinstance(value, int | float) and math.isfinite(value) and least <= value <= most):
                 raise ConfigError(f"{name}={value!r}: must be {rule}.")
-        for name in ("max_new_tokens", "seed", "row", "top_k", "logprobs"):
+        for name in ("max_new_tokens", "min_new_tokens", "seed", "row", "top_k", "logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ConfigError(f"{name}={value!r}: must be a whole number.")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={self.max_new_tokens}: must be >= 1.")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
-            raise ConfigError(f"logprobs={self.logprobs}: must be 0..{MOST_LOGPROBS}, or None for none.")
+        if not isinstance(self.top_p, int | float | None):
+            raise ConfigError(f"top_p={self.top_p!r}: must be a number in (0, 1], or None to keep every token.")
+        if self.max_new_tokens < 1 and (self.max_new_tokens < 0 or self.prompt_logprobs is None):
+            raise ConfigError(f"max_new_tokens={self.max_new_tokens}: must be >= 1 (0 with prompt_logprobs).")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ConfigError(
+                f"min_new_tokens={self.min_new_tokens}: must be in 0..max_new_tokens={self.max_new_tokens}."
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MOST_LOGPROBS:
+                raise ConfigError(f"{name}={value}: must be 0..{MOST_LOGPROBS}, or None for none.")
         if self.min_p and self.temperature == 0:
             raise ConfigError(f"min_p={self.min_p} with temperature=0: the likeliest token is taken; drop one of them.")
         for token, bias in self.logit_bias:
@@ -87,15 +99,16 @@ class Options:
         """
         given = dict(words)
         stop, ending = given.pop("stop", ()), given.pop("eos_id", eos_id)
-        if given.pop("ignore_eos", False):
-            ending = None
+        if not isinstance(ignore := given.pop("ignore_eos", False), bool | None):
+            raise ConfigError(f"ignore_eos={ignore!r}: must be True or False.")
+        ending = None if ignore else ending
         known = [f.name for f in fields(cls) if f.name not in ("stop_text", "endings")]
         for name in given:
             if name not in known:
                 raise ConfigError(unknown("sampling option", name, [*known, "stop", "eos_id", "ignore_eos"]))
         texts, sequences = read_stop(stop)
-        if isinstance(bias := given.get("logit_bias"), Mapping):
-            given["logit_bias"] = tuple(sorted((int(token), float(value)) for token, value in bias.items()))
+        if (bias := given.get("logit_bias")) is not None:
+            given["logit_bias"] = read_biases(bias)
         given = {name: value for name, value in given.items() if value is not None or name in _MAY_BE_NONE}
         return cls(**given, stop_text=texts, endings=Endings.read(ending, sequences))
 
@@ -126,7 +139,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "presence_penalty": (-100, 100, "in [-100, 100]; 0 is none"),
     "frequency_penalty": (-100, 100, "in [-100, 100]; 0 is none"),
 }
-_MAY_BE_NONE = ("top_k", "top_p", "logprobs")
+_MAY_BE_NONE = ("top_k", "top_p", "logprobs", "prompt_logprobs")
 
 
 def check_tokens(name: str, ids: Iterable[int], vocab: int) -> None:
@@ -135,10 +148,21 @@ def check_tokens(name: str, ids: Iterable[int], vocab: int) -> None:
         raise ConfigError(f"{name} has token {wrong[0]}, but this model's tokens are 0..{vocab - 1}.")
 
 
+def read_biases(bias: Any) -> tuple[tuple[int, float], ...]:
+    """(token, what is added) each, of what a caller passes as `logit_bias`."""
+    try:
+        pairs = bias.items() if isinstance(bias, Mapping) else bias
+        return tuple(sorted((int(token), float(value)) for token, value in pairs))
+    except (TypeError, ValueError):
+        raise ConfigError(f"logit_bias={bias!r}: must be a dict, token -> what is added to its logit.") from None
+
+
 def read_stop(stop: str | Sequence[Any] | None) -> tuple[tuple[str, ...], tuple[Sequence[int], ...]]:
     """Texts, and token sequences, of what a caller passes as `stop`."""
     if stop is None:
         return (), ()
+    if not isinstance(stop, str | Sequence):
+        raise ConfigError(f"stop={stop!r}: must be a text, or a list of texts or of token sequences.")
     several = [stop] if isinstance(stop, str) else list(stop)
     if any(isinstance(one, int) for one in several):
         raise ConfigError(f"stop={stop!r}: a sequence of tokens is written [[1, 2]], a text 'end' or ['end'].")
@@ -151,7 +175,7 @@ def read_prompt(name: str, ids: Any) -> Ids:
         if ids.ndim != 1:
             raise ConfigError(f"{name} is a tensor {tuple(ids.shape)}: one prompt is [S].")
         ids = ids.tolist()
-    if not isinstance(ids, Collection) or isinstance(ids, str | bytes):
+    if not isinstance(ids, Collection) or isinstance(ids, str | bytes | Set | Mapping):
         raise ConfigError(f"{name} is {ids!r}, not a list of token ids; texts need a tokenizer.")
     try:
         found = tuple(index(token) for token in ids)

@@ -6,7 +6,11 @@
 
 A full block is known by its tokens and the full block before it, exactly, not by a hash that could collide. A block
 that no row uses keeps its content until the memory is needed, oldest first. With one block per row and no sharing, the
-same pool is a plain cache of rows. It knows numbers; it knows no tensors and no layers.
+same pool is a plain cache of rows. Where every layer has a window, a row gives blocks back that no later query sees:
+
+    row 2      -- -- b7 b4 b9        window 2 * block_size: two blocks are gone, their numbers in the table stay
+
+It knows numbers; it knows no tensors and no layers.
 """
 
 from __future__ import annotations
@@ -14,6 +18,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+GONE = -1
+"""Stands in a table for a block that was given back behind the window."""
 
 Run = tuple[int, int]
 """First token of the pool, and how many: consecutive."""
@@ -27,7 +34,8 @@ class Table:
     """The blocks of one row, in order.
 
     Attributes:
-        blocks: their numbers. known: how many of them others may share. serial: of the last one known.
+        blocks: their numbers. gone: so many of the first were given back, and are `GONE`.
+        known: how many of them others may share. serial: of the last one known.
         ahead: where it may grow without leaving its run; others go there last.
     """
 
@@ -35,6 +43,7 @@ class Table:
     known: int = 0
     serial: int = ROOT
     ahead: range = range(0)
+    gone: int = 0
 
 
 class BlockPool:
@@ -42,10 +51,11 @@ class BlockPool:
 
     Args:
         blocks, block_size: of the pool. share: let rows with the same beginning use the same blocks.
+        window: a query sees itself and the window - 1 tokens before it, in every layer; None: all before it in some.
     """
 
-    def __init__(self, blocks: int, block_size: int, *, share: bool = True) -> None:
-        self.blocks, self.block_size, self.share = blocks, block_size, share
+    def __init__(self, blocks: int, block_size: int, *, share: bool = True, window: int | None = None) -> None:
+        self.blocks, self.block_size, self.share, self.window = blocks, block_size, share, window
         self.clear()
 
     def clear(self) -> None:
@@ -82,23 +92,28 @@ class BlockPool:
 
     # ---- a row -------------------------------------------------------------------------------------------------
 
-    def begin(self, tokens: Sequence[int], expected: int = 0) -> tuple[Table, int] | None:
+    def begin(self, tokens: Sequence[int], expected: int = 0, shared: int | None = None) -> tuple[Table, int] | None:
         """A table for a row that starts with these tokens; None when there are too few blocks.
+
+        It has blocks for all of them; with a window for the first that is not found, and grows as it goes on.
 
         Args:
             expected: tokens that the row may come to have: it begins where they find room side by side.
+            shared: tokens at most that may be found rather than computed (None: all but the last).
         Returns:
             the table, and how many of the tokens it already has in it: never the last, whose logits are wanted.
         """
         table = Table()
-        while (known := self._next_known(table, tokens[:-1])) is not None:
+        findable = tokens[: len(tokens) - 1 if shared is None else min(shared, len(tokens) - 1)]
+        while (known := self._next_known(table, findable)) is not None:
             self._use(known[0])
             table.blocks.append(known[0])
             table.known, table.serial = table.known + 1, known[1]
         found = len(table.blocks) * self.block_size
-        wanted = self.needed(max(expected, len(tokens))) - len(table.blocks)
+        self.slide(table, found)
+        wanted = self.missing(table, max(expected, len(tokens)))
         start = self._wide_place(wanted)
-        if not self.grow(table, len(tokens), start):
+        if not self.grow(table, len(tokens) if self.window is None else found + 1, start):
             self.end(table)
             return None
         if start is not None:
@@ -118,6 +133,24 @@ class BlockPool:
             start = None
         return True
 
+    def missing(self, table: Table, tokens: int) -> int:
+        """Blocks that the row will have beyond those it has now, when it comes to so many tokens."""
+        return most_blocks(tokens, self.block_size, self.window) - len(table.blocks) + table.gone
+
+    def reach(self, table: Table) -> int:
+        """Tokens that the row could have now, without taking any blocks from others."""
+        return (len(table.blocks) + self.available) * self.block_size
+
+    def slide(self, table: Table, start: int) -> None:
+        """Give back what no query from token `start` on sees."""
+        if self.window is None:
+            return
+        gone = min(max(0, start - self.window + 1) // self.block_size, len(table.blocks))
+        for number in range(table.gone, gone):
+            self._drop(table.blocks[number])
+            table.blocks[number] = GONE
+        table.gone = max(table.gone, gone)
+
     def computed(self, table: Table, tokens: Sequence[int], count: int) -> None:
         """The first `count` tokens of the row are in its blocks: full blocks of them may be shared from now on."""
         size = self.block_size
@@ -133,12 +166,10 @@ class BlockPool:
 
     def end(self, table: Table) -> None:
         """The row is done with its blocks."""
-        for block in reversed(table.blocks):  # so that the end of a row is forgotten before its beginning
-            self._users[block] -= 1
-            if self._users[block] == 0:
-                (self._unused if block in self._key_of else self._free)[block] = None
+        for block in reversed(table.blocks[table.gone :]):  # so that a row's end is forgotten before its beginning
+            self._drop(block)
         self._ahead.difference_update(table.ahead)
-        table.blocks, table.known, table.serial, table.ahead = [], 0, ROOT, range(0)
+        table.blocks, table.known, table.serial, table.ahead, table.gone = [], 0, ROOT, range(0), 0
 
     def fork(self, table: Table, tokens: int) -> tuple[Table, Run | None, int] | None:
         """Another row with the same first `tokens`; None when there are too few blocks.
@@ -150,9 +181,9 @@ class BlockPool:
         if rest and not self.available:
             return None
         assert table.known <= full, "a row is forked behind what it shares"
-        for block in table.blocks[:full]:
+        for block in table.blocks[table.gone : full]:
             self._use(block)
-        other = Table(table.blocks[:full], table.known, table.serial)
+        other = Table(table.blocks[:full], table.known, table.serial, gone=table.gone)
         if not rest:
             return other, None, 0
         source = table.blocks[full]
@@ -160,10 +191,10 @@ class BlockPool:
         return other, (source * self.block_size, rest), other.blocks[-1] * self.block_size
 
     def runs(self, table: Table, tokens: int) -> list[Run]:
-        """Where the first `tokens` of a row lie, consecutive blocks joined."""
+        """Where the first `tokens` of a row lie, but for those in blocks that are gone; consecutive blocks joined."""
         found: list[Run] = []
-        size, left = self.block_size, tokens
-        for block in table.blocks[: self.needed(tokens)]:
+        size, left = self.block_size, tokens - table.gone * self.block_size
+        for block in table.blocks[table.gone : self.needed(tokens)]:
             count = min(size, left)
             if found and sum(found[-1]) == block * size:
                 found[-1] = (found[-1][0], found[-1][1] + count)
@@ -188,6 +219,11 @@ class BlockPool:
     def _use(self, block: int) -> None:
         self._users[block] += 1
         self._unused.pop(block, None)
+
+    def _drop(self, block: int) -> None:
+        self._users[block] -= 1
+        if self._users[block] == 0:
+            (self._unused if block in self._key_of else self._free)[block] = None
 
     def _take(self, wanted: int | None) -> int:
         """A block for new content: the wanted one if free, else where most are free, else the oldest unused."""
@@ -217,3 +253,12 @@ class BlockPool:
                     if length >= blocks:
                         break
         return best
+
+
+def most_blocks(tokens: int, block_size: int, window: int | None, chunk: int = 1) -> int:
+    """Blocks that a row of so many tokens has at most at a time, if it is computed `chunk` tokens at a time.
+
+    With a window: those that so many consecutive queries see, wherever the first of them lies in its block.
+    """
+    whole = -(-tokens // block_size)
+    return whole if window is None else min(whole, -(-(window + chunk - 2) // block_size) + 1)

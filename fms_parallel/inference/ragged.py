@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fms_parallel import compat
+from fms_parallel.errors import FmsError
 from fms_parallel.inference.kv_manager import Storage
 from fms_parallel.inference.paged import Run
 from fms_parallel.modules.block_attention import block, merge
@@ -36,7 +37,7 @@ class Piece:
     Attributes:
         tokens: their ids. start: position of the first. wanted: logits of the last so many.
         places: where in the pool their keys and values go. runs: where those of all start + len(tokens) lie.
-            Both are empty without a cache; then `start` is 0.
+            Both are empty without a cache; then `start` is 0. gone: so many of the first are not there any more.
     """
 
     tokens: Sequence[int]
@@ -44,6 +45,7 @@ class Piece:
     wanted: int = 1
     places: Sequence[int] = ()
     runs: Sequence[Run] = ()
+    gone: int = 0
 
     @property
     def end(self) -> int:
@@ -80,7 +82,7 @@ class RaggedBatch:
         self, pieces: Sequence[Piece], storage: Storage | None, device: torch.device, *, whole: bool = False
     ) -> None:
         self.pieces, self.storage, self.device = pieces, storage, device
-        self._spans: dict[int | None, list[_Span]] = {}
+        self._spans: dict[int | None, list[_Span]] = {}  # by window
         ids: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []
@@ -91,6 +93,11 @@ class RaggedBatch:
         self.input_ids = torch.tensor([ids], device=device)
         self.positions = torch.tensor([positions], device=device)
         self.wanted = Wanted(torch.tensor(wanted, dtype=torch.int64, device=device), whole)
+
+    @property
+    def windows(self) -> set[int | None]:
+        """Those that layers have asked for."""
+        return set(self._spans)
 
     @property
     def first_position(self) -> int:
@@ -171,8 +178,13 @@ def _merged(q: Tensor, keys: Tensor, values: Tensor, runs: Sequence[Run], scale:
 
 
 def _seen(piece: Piece, window: int | None) -> list[Run]:
-    """The runs that any query of the piece can see."""
-    hidden = 0 if window is None else max(0, piece.start - window + 1)
+    """The runs that any query of the piece can see. Raises FmsError where it could see tokens that are gone."""
+    hidden = (0 if window is None else max(0, piece.start - window + 1)) - piece.gone
+    if hidden < 0:
+        raise FmsError(
+            f"attention with window={window} reads {-hidden} tokens whose blocks were given back: the model's "
+            "config.window is less than what its layers see; set it to the longest, or to None."
+        )
     seen = []
     for first, count in piece.runs:
         cut = min(hidden, count)

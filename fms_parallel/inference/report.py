@@ -32,6 +32,7 @@ class MemoryReport:
             and of earlier rows, how many were found instead of computed; kept: of rows that ended, for rows to come.
         rows: that may run at a time. longest: tokens of one row at most. draft: bytes of the draft model's cache.
         copies: bytes of matrices laid out for decoding, beside the weights.
+        window: rows keep the blocks of so many of their last tokens; None: of all.
     """
 
     weights: int
@@ -46,11 +47,16 @@ class MemoryReport:
     longest: int
     draft: int = 0
     copies: int = 0
+    window: int | None = None
 
     @property
     def free(self) -> int:
         """Tokens that rows to come could get now."""
         return self.tokens - self.used
+
+    @property
+    def _kept_of_rows(self) -> str:
+        return "" if self.window is None else f", of which {self.window:,} are kept (window)"
 
     def __str__(self) -> str:
         lines = [
@@ -59,7 +65,7 @@ class MemoryReport:
             ("per token", f"{self.token:,} bytes"),
             ("tokens", f"{self.used:,} used, {self.kept:,} kept for sharing, {self.tokens:,} in all"),
             ("shared", f"{self.shared:,} tokens were found, not computed"),
-            ("rows", f"{self.rows} at a time, of up to {self.longest:,} tokens"),
+            ("rows", f"{self.rows} at a time, of up to {self.longest:,} tokens{self._kept_of_rows}"),
         ]
         if self.copies:
             lines.insert(1, ("copies", f"{self.copies / GIB:.3f} GiB of weights laid out for decoding"))
@@ -126,6 +132,7 @@ def memory_report(
         longest=setup.longest,
         draft=0 if proposer is None else proposer.memory_bytes,
         copies=0 if fast is None else fast.extra_bytes,
+        window=setup.window,
     )
 
 

@@ -22,6 +22,8 @@ from fms_parallel.inference.vocabulary import Vocabulary
 
 FIRST_LOOK = 64
 """Candidates with which top_p and min_p are tried before all logits are gathered."""
+TOLD_AT_ONCE = 64
+"""Rows whose logits are widened to fp64 at a time to tell log-probabilities: a prompt may have hundreds."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,28 @@ class Ask:
 
     Attributes:
         prompt, new: the row's tokens so far; the one chosen is new token `len(new)`.
+        given: the token that stands there already, in a prompt: only its log-probability is wanted.
     """
 
     options: Options
     prompt: Sequence[int]
     new: Sequence[int]
+    given: int | None = None
+
+    @property
+    def told(self) -> int | None:
+        """Of how many of the likeliest the log-probability is to be told beside its own; None: of none."""
+        return self.options.logprobs if self.given is None else self.options.prompt_logprobs
+
+    @property
+    def early(self) -> bool:
+        """Whether nothing may end the row yet."""
+        return len(self.new) < self.options.min_new_tokens
+
+    @property
+    def penalised(self) -> bool:
+        """Whether its logits are changed before a token is chosen."""
+        return self.options.penalised or (self.early and bool(self.options.endings.eos))
 
 
 @dataclass(frozen=True)
@@ -60,6 +79,13 @@ class Sampler:
 
     def tokens(self, logits: Tensor, asks: Sequence[Ask]) -> Tensor:
         """One token per row, int64 `[R]`."""
+        free = [row for row, ask in enumerate(asks) if ask.given is None]
+        if len(free) < len(asks):
+            given = [NOT_FINITE if ask.given is None else ask.given for ask in asks]
+            out = torch.tensor(given, dtype=torch.int64, device=logits.device)
+            if free:
+                out[free] = self.tokens(logits[free], [asks[row] for row in free])
+            return out
         logits = self.penalised(logits, asks)
         greedy = [row for row, ask in enumerate(asks) if ask.options.temperature == 0]
         drawn = [row for row, ask in enumerate(asks) if ask.options.temperature > 0]
@@ -73,11 +99,12 @@ class Sampler:
 
     def with_logprobs(self, logits: Tensor, asks: Sequence[Ask], tokens: Sequence[int]) -> list[Chosen]:
         """The tokens that were chosen, with what each row wants to be told beside."""
-        told = [row for row, ask in enumerate(asks) if ask.options.logprobs is not None and tokens[row] != NOT_FINITE]
+        told = [row for row, ask in enumerate(asks) if ask.told is not None and tokens[row] != NOT_FINITE]
         chosen = [Chosen(token) for token in tokens]
-        if told:
-            counts = [asks[row].options.logprobs or 0 for row in told]
-            for row, found in zip(told, self._told(logits[told], [tokens[r] for r in told], counts), strict=True):
+        for start in range(0, len(told), TOLD_AT_ONCE):
+            rows = told[start : start + TOLD_AT_ONCE]
+            counts = [asks[row].told or 0 for row in rows]
+            for row, found in zip(rows, self._told(logits[rows], [tokens[r] for r in rows], counts), strict=True):
                 chosen[row] = found
         return chosen
 
@@ -96,11 +123,11 @@ class Sampler:
 
     def penalised(self, logits: Tensor, asks: Sequence[Ask]) -> Tensor:
         """Logits after penalties and biases; the same tensor where no row has any."""
-        if not any(ask.options.penalised for ask in asks):
+        if not any(ask.penalised for ask in asks):
             return logits
         logits = logits.clone()
         for row, ask in zip(logits, asks, strict=True):
-            if ask.options.penalised:
+            if ask.penalised:
                 self._penalise(row, ask)
         return logits
 
@@ -121,6 +148,8 @@ class Sampler:
         mine = {token: x for token, x in added.items() if 0 <= token - self.vocabulary.first < row.shape[-1]}
         if mine:
             row[self._here(row, list(mine))] += torch.tensor(list(mine.values()), dtype=row.dtype, device=row.device)
+        if ask.early:
+            row[self._here(row, list(options.endings.eos))] = -math.inf
 
     def _here(self, row: Tensor, tokens: list[int]) -> Tensor:
         """Indices of those tokens whose logits are held here."""

@@ -94,24 +94,37 @@ class Scheduler:
         planned: list[tuple[Row, int]] = []
         budget = self.limits.tokens
         for row in [row for row in free if row.left == 1]:
-            if row in self.running and self._grow(row):
+            if row in self.running and self._grow(row, len(row.tokens)):
                 planned.append((row, 1))
                 budget -= 1 + self.draft
-        planned = [(row, count) for row, count in planned if row in self.running]  # a later row's growth may preempt
         for row in free:
-            if row in self.running and row.left > 1 and budget > 0:
-                planned.append((row, min(row.left, budget)))
-                budget -= planned[-1][1]
+            if row in self.running and row.left > 1 and budget > 0 and (count := self._chunk(row, budget)):
+                planned.append((row, count))
+                budget -= count
+        planned = [(row, count) for row, count in planned if row in self.running]  # a later row's growth may preempt
         for row in self._admit(budget, most - len(planned)):
             if budget > 0:  # a static batch is filled at once, and computed as the budget allows
-                planned.append((row, min(row.left, budget)))
+                planned.append((row, self._chunk(row, budget)))
                 budget -= planned[-1][1]
         return planned
 
-    def _grow(self, row: Row) -> bool:
-        """Blocks for all tokens of a row, if need be those of rows that came later; False: it gave its own back."""
+    def _chunk(self, row: Row, budget: int) -> int:
+        """How many tokens of its prompt a row computes next.
+
+        It has blocks for all of them, unless there is a window: then for as many as find blocks, and if need be for
+        one, from rows that came later; 0: it gave its own back.
+        """
         assert self.pool is not None and row.table is not None
-        while not self.pool.grow(row.table, len(row.tokens)):
+        count = min(row.left, budget)
+        if self.pool.window is None:
+            return count
+        count = max(1, min(count, self.pool.reach(row.table) - row.computed))
+        return count if self._grow(row, row.computed + count) else 0
+
+    def _grow(self, row: Row, tokens: int) -> bool:
+        """Blocks for so many tokens of a row, if need be those of rows that came later; False: it gave its own back."""
+        assert self.pool is not None and row.table is not None
+        while not self.pool.grow(row.table, tokens):
             victim = next((other for other in reversed(self.running) if not other.busy), row)
             self._preempt(victim)
             if victim is row:
@@ -153,12 +166,12 @@ class Scheduler:
     def _begin(self, row: Row) -> bool:
         """Blocks for the tokens that a row has. One per running row is left, or they would soon preempt it."""
         assert self.pool is not None
-        begun = self.pool.begin(row.tokens, row.longest)
+        begun = self.pool.begin(row.tokens, row.longest, row.shareable)
         if begun is None:
             return False
         row.table, row.computed = begun
-        grow = sum(self.pool.needed(other.longest) > len(other.table.blocks) for other in self.running if other.table)
-        if self.running and self.pool.available < grow:
+        grow = sum(self.pool.missing(other.table, other.longest) > 0 for other in self.running if other.table)
+        if self.running and self.pool.available < grow + self.pool.missing(row.table, len(row.tokens)):
             self._give_back(row)
             return False
         row.shared = max(row.shared, min(row.computed, len(row.prompt)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from fms_parallel.inference.channel import StagedRanks
 from fms_parallel.inference.draft import DraftModel, LookupProposer, ModelProposer
 from fms_parallel.inference.kv_manager import AttentionMemory, CacheSize, KVCacheManager, Storage
 from fms_parallel.inference.loop import check_forward
-from fms_parallel.inference.paged import BlockPool
+from fms_parallel.inference.paged import BlockPool, most_blocks
 from fms_parallel.inference.ranks import SameOnAllRanks
 from fms_parallel.inference.report import sizes
 from fms_parallel.inference.runner import EvalMode, ModelRunner, Runner
@@ -42,6 +43,7 @@ class Setup:
     Attributes:
         cache: one of `CACHES`. size: what the model keeps per token. rows: at a time. longest: tokens of one.
         block_size, blocks: of the cache. share: rows with the same beginning share blocks. step: tokens of one forward.
+        window: behind which rows give blocks back (see `CacheSize`); None: they keep all.
     """
 
     cache: str
@@ -52,6 +54,7 @@ class Setup:
     blocks: int
     share: bool
     step: int
+    window: int | None = None
 
     @classmethod
     def read(
@@ -74,6 +77,8 @@ class Setup:
             raise ConfigError(f"speculative={speculative!r}: give a PromptLookup() or a DraftModel(model).")
         mode = _mode(cache, use_kv_cache, use_kv_manager)
         longest = _longest(model, longest)
+        _check_whole(max_batch_size=rows, max_seq_len=longest, block_size=block_size, max_step_tokens=step)
+        _check_whole(cache_tokens=0 if tokens is None else tokens)
         drafted = 0 if speculative is None else speculative.tokens
         for name, value, least in (
             ("max_batch_size", rows, 1),
@@ -86,16 +91,25 @@ class Setup:
                 raise ConfigError(f"{name}={value}: must be >= {least}{more}.")
         if tokens is not None and mode != "paged":
             raise ConfigError(f"cache_tokens={tokens} with cache={mode!r}: it is of the paged cache; drop one of them.")
+        size = CacheSize.of(model)
+        window = size.window if mode == "paged" else None
         if mode == "paged":
-            room = rows * -(-longest // block_size) * block_size if tokens is None else tokens
-            blocks = room // block_size
+            row = most_blocks(longest, block_size, window, step + drafted)
+            blocks = rows * row if tokens is None else tokens // block_size
             if blocks < 1:
                 raise ConfigError(f"cache_tokens={tokens}: must hold one block of {block_size} tokens.")
         else:
             block_size, blocks, share = longest, rows, False
-        made = cls(mode, CacheSize.of(model), rows, longest, block_size, blocks, share, step)
+        made = cls(mode, size, rows, longest, block_size, blocks, share, step, window)
         made._check_memory(next((p.device for p in model.parameters()), torch.device("cpu")))
         return made
+
+    def chunk(self, asked: int | None) -> int | None:
+        """Tokens of a row that a caller's own loop computes at a time, `asked` at most; None: all.
+
+        With a window a row has no place for all its tokens at once.
+        """
+        return asked if self.window is None else min(asked or self.step, self.step)
 
     def check_numbers(
         self, model: nn.Module, layers: int | None, heads: int | None, width: int | None, rows: int | None
@@ -122,13 +136,20 @@ class Setup:
             )
 
 
+def _check_whole(**numbers: Any) -> None:
+    """Raise ConfigError on one that is no whole number."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise ConfigError(f"{name}={number!r}: must be a whole number.")
+
+
 def _mode(cache: str | None, use_kv_cache: bool, use_kv_manager: bool) -> str:
     old = "manager" if use_kv_manager else "internal" if use_kv_cache else None
     if cache is not None and old is not None and cache != old:
         raise ConfigError(f"cache={cache!r} and use_kv_{'manager' if use_kv_manager else 'cache'}: give one of them.")
     mode = cache or old or "paged"
     if mode not in CACHES:
-        raise ConfigError(unknown("cache", mode, CACHES))
+        raise ConfigError(unknown("cache", str(mode), CACHES))
     return mode
 
 
@@ -136,7 +157,7 @@ def _longest(model: nn.Module, longest: int | None) -> int:
     most: int | None = getattr(getattr(model, "config", None), "max_positions", None)
     if longest is None and most is None:
         raise ConfigError(f"{type(model).__name__} does not say how many positions it has: give max_seq_len.")
-    if longest is not None and most is not None and longest > most:
+    if isinstance(longest, int) and most is not None and longest > most:
         raise ConfigError(f"max_seq_len={longest} is beyond max_positions={most} of this model.")
     found = most if longest is None else longest
     assert found is not None
@@ -169,6 +190,10 @@ def vocabulary_of(model: nn.Module) -> int:
 
 def distributed(model: nn.Module, layout: str | ParallelLayout | None) -> nn.Module:
     """`model` as `layout` says; checked that it can be served."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{type(model).__name__} is no model: give a torch.nn.Module, as get_model makes one.")
+    if not isinstance(layout, str | ParallelLayout | None):
+        raise ConfigError(f"layout={layout!r}: give a text, as 'tp=2', or a ParallelLayout.")
     if is_transformers(model) and hasattr(getattr(model, "model", None), "parallel"):
         model = model.model  # type: ignore[assignment]  # one of ours behind their words (to_hf_api)
     if layout is not None:
@@ -190,7 +215,7 @@ def make_cache(model: nn.Module, setup: Setup, device: torch.device) -> tuple[Bl
     """Which rows have which tokens, and where their keys and values lie; no memory is taken yet."""
     if setup.cache == "none":
         return None, None
-    pool = BlockPool(setup.blocks, setup.block_size, share=setup.share)
+    pool = BlockPool(setup.blocks, setup.block_size, share=setup.share, window=setup.window)
     if setup.cache == "internal":
         return pool, AttentionMemory(model, setup.blocks * setup.block_size)
     return pool, KVCacheManager(setup.size, setup.blocks, setup.block_size, device)
@@ -199,8 +224,8 @@ def make_cache(model: nn.Module, setup: Setup, device: torch.device) -> tuple[Bl
 def make_ranks(model: nn.Module, device: torch.device, groups: int | None) -> SameOnAllRanks:
     """Who goes on with the same tokens; with stages, where messages are not waited for. Collective."""
     parallel = parallel_of(model)
-    if groups is not None and groups < 1:
-        raise ConfigError(f"groups={groups}: at least 1 group of rows is under way.")
+    if groups is not None and (not isinstance(groups, int) or groups < 1):
+        raise ConfigError(f"groups={groups!r}: at least 1 group of rows is under way.")
     if parallel.pipeline is None:
         if groups not in (None, 1):
             raise ConfigError(f"groups={groups}: only pipeline stages work on several groups of rows; leave it out.")

@@ -129,7 +129,7 @@ class StagedRunner:
     ) -> list[Chosen]:
         """On all ranks of the last stage."""
         tokens = verify(self.sampler, logits, asks, drafts)
-        if any(ask.options.logprobs is not None for ask in flat):
+        if any(ask.told is not None for ask in flat):
             tokens = self.ranks.peers.first(tokens)  # they look for the same ones
         return self.sampler.with_logprobs(logits, flat, tokens.tolist())
 
@@ -155,14 +155,14 @@ def _of_first_rank(dtype: torch.dtype, group: dist.ProcessGroup) -> torch.dtype:
 
 def encoded_size(asks: Sequence[Ask], vocab: int) -> int:
     """How many numbers the answers to these are."""
-    return len(asks) + sum(1 + 2 * _told(ask, vocab) for ask in asks if ask.options.logprobs is not None)
+    return len(asks) + sum(1 + 2 * _told(ask, vocab) for ask in asks if ask.told is not None)
 
 
 def encoded(chosen: Sequence[Chosen], asks: Sequence[Ask], vocab: int) -> Tensor:
     """Answers as fp64 `[encoded_size]`; every token id is exact in it."""
     numbers: list[float] = [one.token for one in chosen]
     for one, ask in zip(chosen, asks, strict=True):
-        if ask.options.logprobs is not None:
+        if ask.told is not None:
             top = one.top or ((0, 0.0),) * _told(ask, vocab)
             numbers += [one.logprob or 0.0, *(token for token, _ in top), *(value for _, value in top)]
     return torch.tensor(numbers, dtype=torch.float64)
@@ -174,7 +174,7 @@ def decoded(numbers: Tensor, asks: Sequence[Ask], vocab: int) -> list[Chosen]:
     place, found = len(asks), []
     for ask, number in zip(asks, values[: len(asks)], strict=True):
         token = int(number)
-        if ask.options.logprobs is None:
+        if ask.told is None:
             found.append(Chosen(token))
             continue
         count = _told(ask, vocab)
@@ -187,4 +187,4 @@ def decoded(numbers: Tensor, asks: Sequence[Ask], vocab: int) -> list[Chosen]:
 
 def _told(ask: Ask, vocab: int) -> int:
     """Likeliest tokens that are told beside the chosen one."""
-    return min(ask.options.logprobs or 0, vocab)
+    return min(ask.told or 0, vocab)

@@ -42,19 +42,27 @@ class HeldRow:
             raise self._full()
         places = self.pool.places(self.table, self.computed, stop)
         asked = wanted if stop == len(self.tokens) else 0
-        return Piece(self.tokens[self.computed : stop], self.computed, asked, places, self.pool.runs(self.table, stop))
+        runs, gone = self.pool.runs(self.table, stop), self.table.gone * self.pool.block_size
+        return Piece(self.tokens[self.computed : stop], self.computed, asked, places, runs, gone)
 
     def did(self, piece: Piece) -> None:
         """That piece is computed."""
         if self.pool is not None and self.table is not None:
             self.computed = piece.end
             self.pool.computed(self.table, self.tokens, self.computed)
+            self.pool.slide(self.table, self.computed)
 
     def replace(self, length: int, token: int) -> None:
         """Go on with `token` behind the first `length` tokens; what was behind them is forgotten."""
         self.tokens, self.computed = [*self.tokens[:length], token], min(self.computed, length)
-        if self.pool is not None and self.table is not None and self.table.known * self.pool.block_size > length:
-            # Others may share these blocks, so they are not written again: begin anew with what is known of them.
+        if self.pool is None or self.table is None:
+            return
+        shared = self.table.known * self.pool.block_size > length
+        seen = max(0, self.computed - (self.pool.window or 0) + 1)
+        gone = self.table.gone * self.pool.block_size > seen
+        if shared or gone:
+            # Others may share these blocks, so they are not written again: begin anew with what is known of them. And
+            # so where the window would have to go back to tokens that are not there any more.
             self.close()
             begun = self.pool.begin(self.tokens)
             if begun is None:

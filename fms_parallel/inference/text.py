@@ -29,10 +29,10 @@ class GrowingText:
         self._known = ""
         self.text, self.stopped = "", False
 
-    def push(self, token: int) -> str:
-        """What one more token adds to what may be shown."""
+    def push(self, token: int, *, ends: bool = True) -> str:
+        """What one more token adds to what may be shown; ends=False: no stop text is looked for yet."""
         self._tokens.append(token)
-        return self._show(self._decoded(last=False), last=False)
+        return self._show(self._decoded(last=False), last=False, ends=ends)
 
     def finish(self) -> str:
         """What was held back and is text after all."""
@@ -50,14 +50,15 @@ class GrowingText:
         self._read = len(self._tokens)
         return new
 
-    def _show(self, new: str, last: bool) -> str:
+    def _show(self, new: str, last: bool, ends: bool = True) -> str:
         """Add `new` to what is known, and show what can no longer begin a stop text."""
         self._known += new
-        found = [at for at in (self._known.find(stop, len(self.text)) for stop in self._stops) if at >= 0]
+        stops = self._stops if ends else ()
+        found = [at for at in (self._known.find(stop, len(self.text)) for stop in stops) if at >= 0]
         if found:
             self.stopped, end = True, min(found)
         else:
-            end = len(self._known) - (0 if last else self._may_begin_stop())
+            end = len(self._known) - (0 if last or not ends else self._may_begin_stop())
         shown = self._known[len(self.text) : end]
         self.text += shown
         return shown

@@ -92,7 +92,7 @@ class ScheduleGeneration:
         found: dict[int, Tensor] = {}
         waiting = list(enumerate(self.rows))
         while waiting:
-            pieces = [row.piece(1, chunk) for _, row in waiting]
+            pieces = [row.piece(1, engine.setup.chunk(chunk)) for _, row in waiting]
             logits = engine.runner.logits(pieces, engine.storage)
             done = [number for (number, _), piece in zip(waiting, pieces, strict=True) if piece.wanted]
             found.update(zip(done, logits, strict=True))

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from fms_parallel.distributed.boxes import local_tensor
 from fms_parallel.errors import ConfigError
 from fms_parallel.inference.blocks import BlockChoice, FastBlock, fast_blocks
-from fms_parallel.inference.compiled import Compiled
+from fms_parallel.inference.compiled import MOST_ROWS, Compiled
 from fms_parallel.inference.kernels import COMPILED, NAMES, STORED, Kernel, candidate
 from fms_parallel.modules.embedding import Embedding
 from fms_parallel.modules.linear import Matrices, Multiplies, Product, Weight, shared_linear
@@ -108,7 +108,7 @@ def prepare_for_decode(model: nn.Module, rows: int = 1, compiled: bool = False) 
         compiled: also make kernels for the shapes at hand with torch's compiler, for up to `compiled.MOST_ROWS` rows:
             they read the parameters themselves, without a copy, and nearly as fast as memory gives. It takes seconds
             for each shape (less the second time), and a C++ compiler. Blocks that can be are compiled whole
-            (`inference/blocks.py`) for `rows` and for one: hooks of their modules are not called then.
+            (`inference/blocks.py`) for one row and for `rows` up to as many; hooks of their modules are not called then.
     Raises:
         ConfigError: compiled without a compiler; a model without such matrices, one with adapters, sharded by FSDP, on
             the meta device, or prepared already.
@@ -124,8 +124,8 @@ def prepare_for_decode(model: nn.Module, rows: int = 1, compiled: bool = False) 
             shapes.setdefault(group.signature(dtype), []).append(group)
         trial = _Trial(dtype, rows, Compiled(dtype) if compiled else None, _Scratch(model))
         choices = [_choose(alike, trial) for alike in shapes.values()]
-        # One row has pieces of its own, as an engine's last request does.
-        fast, blocks = fast_blocks(model, sorted({1, rows}), dtype, trial.best) if compiled else ([], [])
+        counts = [count for count in sorted({1, rows}) if count <= MOST_ROWS]
+        fast, blocks = fast_blocks(model, counts, dtype, trial.best) if compiled else ([], [])
     return Prepared([group.module for group in groups], choices, fast, blocks)
 
 

@@ -15,6 +15,7 @@ from fms_parallel.inference.kv_manager import Storage
 from fms_parallel.inference.ragged import Piece
 from fms_parallel.inference.row import Row
 from fms_parallel.inference.runner import Answers, Runner
+from fms_parallel.inference.sampler import Chosen
 from fms_parallel.inference.scheduler import Scheduler
 from fms_parallel.inference.setup import Proposer
 from fms_parallel.log import get_logger
@@ -27,9 +28,14 @@ Planned = Sequence[tuple[Row, int]]
 
 @dataclass(frozen=True)
 class Flight:
-    """A step that has begun: the rows that wait for its tokens, and where those will come from."""
+    """A step that has begun: the rows that wait for its answers, and where those will come from.
+
+    Attributes:
+        given: of each row, how many of the answers are about tokens of its prompt: the first.
+    """
 
     rows: list[Row]
+    given: list[int]
     answers: Answers
 
 
@@ -74,33 +80,46 @@ class Worker:
 
     def _begin(self, planned: Planned) -> None:
         proposals = self._propose(planned)
-        pieces = [self._piece(row, count) for row, count in planned]
-        ready = [row for (row, _), piece in zip(planned, pieces, strict=True) if piece.wanted]
-        asks, drafts = [row.asks() for row in ready], [proposals.get(row.number, ([], None)) for row in ready]
+        wanted = [row.asks(row.computed, row.computed + count) for row, count in planned]
+        pieces = [self._piece(row, count, len(asks)) for (row, count), asks in zip(planned, wanted, strict=True)]
+        ready = [row for (row, _), asks in zip(planned, wanted, strict=True) if asks]
+        drafts = [proposals.get(row.number, ([], None)) for row in ready]
+        asked = [asks for asks in wanted if asks]
         try:
-            answers = self.runner.begin(pieces, self.storage, asks, drafts)
+            answers = self.runner.begin(pieces, self.storage, asked, drafts)
         except Exception as error:
             self._lose([row for row, _ in planned], error)
             return
         self.counts["steps"] += 1
-        for (row, count), piece in zip(planned, pieces, strict=True):
+        for row, count in planned:
             row.computed += count  # for every step begun later: each rank computes them in this order
-            row.busy = piece.wanted > 0
+            row.asked = max(row.asked, min(row.computed, len(row.prompt) - 1))
+            row.busy = row.left == 0
             if not row.busy:
                 self._settle(row)
-        self.flights.append(Flight(ready, answers))
+        given = [sum(ask.given is not None for ask in asks) for asks in asked]
+        self.flights.append(Flight(ready, given, answers))
 
     def _take(self) -> None:
-        """The tokens of the oldest step into its rows; those of a row that was cancelled meanwhile are dropped."""
+        """The answers of the oldest step into its rows; those of a row that was cancelled meanwhile are dropped."""
         flight = self.flights.popleft()
         try:
             answers = flight.answers()
         except Exception as error:
             self._lose(flight.rows, error)
             return
-        going = [(row, chosen) for row, chosen in zip(flight.rows, answers, strict=True) if row.finish is None]
-        news = []
+        going = []
+        for row, given, found in zip(flight.rows, flight.given, answers, strict=True):
+            if row.finish is not None:
+                continue
+            row.take_prompt(found[:given])
+            if given < len(found) or row.finish is not None:
+                going.append((row, found[given:]))
+        news: list[tuple[list[Chosen], str]] = []
         for row, chosen in going:
+            if row.finish is not None:
+                news.append(([], ""))
+                continue
             self.counts.update(drafted=len(row.drafted), accepted=len(chosen) - 1)
             right = len(row.tokens) + len(chosen) - 1  # so many tokens, drafted ones included, were computed rightly
             news.append(row.take(chosen))
@@ -122,18 +141,18 @@ class Worker:
             row.computed = 0
         elif row.table is not None and row.error is None:
             pool.computed(row.table, row.tokens, row.computed)
+            pool.slide(row.table, row.computed)
         if row.finish is not None:
             self.forget(row)
 
-    def _piece(self, row: Row, count: int) -> Piece:
+    def _piece(self, row: Row, count: int, wanted: int) -> Piece:
         pool, start, stop = self.scheduler.pool, row.computed, row.computed + count
-        last = stop == len(row.tokens)
-        tokens = row.tokens[start:stop] + (list(row.drafted) if last else [])
-        wanted = 1 + len(row.drafted) if last else 0
+        tokens = row.tokens[start:stop] + (list(row.drafted) if stop == len(row.tokens) else [])
         if pool is None or row.table is None:
             return Piece(tokens, start, wanted)
         end = start + len(tokens)
-        return Piece(tokens, start, wanted, pool.places(row.table, start, end), pool.runs(row.table, end))
+        places, runs = pool.places(row.table, start, end), pool.runs(row.table, end)
+        return Piece(tokens, start, wanted, places, runs, row.table.gone * pool.block_size)
 
     def _propose(self, planned: Planned) -> dict[int, Proposal]:
         """Tokens behind the last of each row that decodes, as far as its cache and its request allow."""

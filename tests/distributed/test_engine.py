@@ -50,8 +50,9 @@ def answers(kv: int, layout: str) -> Results:
             for name, options in CALLS.items() if cache == "paged" else [("mixed", CALLS["mixed"])]:
                 found[cache, name] = [one.tokens for one in engine.generate(PROMPTS, max_new_tokens=NEW, **options)]
     with InferenceEngine(model, max_seq_len=40, block_size=4) as engine:
-        logprobs = engine.generate(PROMPTS, max_new_tokens=3, logprobs=3)
-        found["logprobs"] = [[(o.token, o.logprob, o.top) for o in one.logprobs] for one in logprobs]
+        logprobs = engine.generate(PROMPTS, max_new_tokens=3, logprobs=3, prompt_logprobs=2)
+        told = [[*one.prompt_logprobs, *one.logprobs] for one in logprobs]
+        found["logprobs"] = [[(one.token, one.logprob, one.top) for one in row] for row in told]
         found["beams"] = [one.tokens for one in engine.beam_search(PROMPTS[0], beams=3, max_new_tokens=NEW, returned=3)]
         logits = engine.prefill(PROMPTS)
         found["phases"] = engine.decode_step(logits.argmax(-1), [len(p) for p in PROMPTS]).argmax(-1).tolist()

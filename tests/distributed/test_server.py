@@ -68,7 +68,7 @@ def with_a_death() -> dict[str, Any]:
         abandon()
         return {}
     found: dict[str, Any] = {}
-    with Server(engine, NAME, ServerOptions(port=0)) as server:
+    with Server(engine, NAME, ServerOptions(port=0, linger_timeout=1.0)) as server:
         whole = threading.Thread(target=lambda: found.update(whole=post(server, "/v1/completions", ENDLESS)))
         whole.start()
         try:
@@ -78,6 +78,9 @@ def with_a_death() -> dict[str, Any]:
             found["stream"] = str(error)
         whole.join(60)
         found |= {"health": get(server, "/health"), "after": post(server, "/v1/completions", ENDLESS)[0]}
+        thread = next(one for one in threading.enumerate() if one.name == "http")
+        thread.join(30)
+        found["ended"] = not thread.is_alive()
     abandon()
     return found
 
@@ -98,7 +101,7 @@ def test_a_rank_that_dies_fails_requests_and_health_at_once() -> None:
     assert found["whole"][0] == 500 and noticed.search(found["whole"][1]["error"]["message"])
     assert noticed.search(found["stream"])
     assert found["health"][0] == 503 and "the engine has died" in found["health"][1]
-    assert found["after"] == 503
+    assert found["after"] == 503 and found["ended"]
 
 
 def test_the_command_under_torchrun_serves_and_ends_in_order() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from fms_parallel import compat
 from fms_parallel.errors import ConfigError
 from fms_parallel.inference import InferenceEngine, generate
+from fms_parallel.inference.compiled import MOST_ROWS
 from fms_parallel.inference.weights import prepare_for_decode
 from fms_parallel.models import get_model
 from fms_parallel.modules.linear_types import quantise
@@ -103,6 +104,15 @@ def test_what_is_no_faster_or_computes_something_else_is_not_used() -> None:
     with compiled_wins(step=1.0), prepare_for_decode(model, compiled=True) as prepared:
         assert prepared.blocks[0].reason == "compiled, they are no faster."
         assert all("forward" not in vars(module) for module in model.modules())
+
+    def fails(graph: Any, examples: Any) -> Any:
+        raise RuntimeError("no such operation\nand more")
+
+    failing = mock.patch.object(compat, "compile_traced", fails)
+    with compiled_wins(), failing, prepare_for_decode(model, compiled=True) as prepared:
+        assert prepared.blocks[0].reason == "cannot be compiled: RuntimeError: no such operation"
+    with compiled_wins(), prepare_for_decode(model, rows=MOST_ROWS + 1, compiled=True) as prepared:
+        assert [choice.tokens for choice in prepared.blocks] == [1]
 
     def wrong(graph: Any, examples: Any) -> Any:
         return lambda *given: [out * 1.01 for out in found] if isinstance(found := graph(*given), tuple) else found

@@ -353,6 +353,19 @@ def test_eos_is_in_the_tokens_and_not_in_the_text(chars: nn.Module, make: Make) 
     assert len(engine.generate("ab", max_new_tokens=5, logit_bias={3: 1000.0}, ignore_eos=True)[0].tokens) == 5
 
 
+def test_nothing_ends_a_row_before_the_least_of_tokens(chars: nn.Module, make: Make) -> None:
+    engine = make(model=chars, tokenizer=get_tokenizer("char"))
+    bias = {n: 40.0 for n in range(97, 123)}
+    free = engine.generate("ab", max_new_tokens=20, logit_bias=bias, ignore_eos=True)[0]
+    stop = free.text[3:5]
+    one = engine.generate("ab", max_new_tokens=20, min_new_tokens=9, logit_bias=bias, stop=[stop, [free.tokens[2]]])[0]
+    assert one.tokens[:9] == free.tokens[:9] and len(one.tokens) >= 9
+    assert one.text.startswith(free.text[:9])
+    eager = {**bias, 3: 80.0}  # eos, as soon as it may be
+    one = engine.generate("ab", max_new_tokens=20, min_new_tokens=9, logit_bias=eager)[0]
+    assert (one.tokens, one.text, one.finish) == ((*free.tokens[:9], 3), free.text[:9], "stop")
+
+
 def test_logprobs_are_those_of_whole_rows(model: nn.Module, make: Make) -> None:
     found = make().generate([PROMPTS[0]], max_new_tokens=4, logprobs=2, temperature=1.5)[0]
     assert len(found.logprobs) == 4
@@ -388,6 +401,43 @@ def test_impossible_request_is_refused_and_others_go_on(
         engine.submit(prompt, **{"max_new_tokens": 2} | options)
     assert sentence in str(error.value)
     assert list(other.result().tokens) == generate(model, [[1, 2]], max_new_tokens=6)[0]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "sentence"),
+    [
+        (None, {}, "prompts=None: give a text, or a list"),
+        ([[1]], {"errors": "retrun"}, "unknown word of errors 'retrun'. Did you mean 'return'"),
+        ([[1]], {"stream": 3}, "stream=3: must be a function of one Event"),
+    ],
+)
+def test_impossible_call_is_refused(prompts: Any, options: dict[str, Any], sentence: str, make: Make) -> None:
+    engine = make()
+    with pytest.raises(ConfigError) as error:
+        engine.generate(prompts, max_new_tokens=2, **options)
+    assert sentence in str(error.value) and engine.counts().steps == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"beams": 2.5}, "beams=2.5: must be a whole number"),
+        ({"length_penalty": "x"}, "length_penalty='x': must be a number"),
+        ({"beam": 2}, "unknown option of beam search 'beam'"),
+    ],
+)
+def test_impossible_beam_search_is_refused(options: dict[str, Any], sentence: str, make: Make) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        make().beam_search([1], **options)
+
+
+def test_closed_engine_computes_nothing(make: Make) -> None:
+    engine = make()
+    engine.close()
+    for call in (lambda: engine.prefill([[1]]), lambda: engine.beam_search([1], max_new_tokens=2)):
+        with pytest.raises(ConfigError, match="this engine is closed"):
+            call()
+    assert engine.memory_report().cache == 0
 
 
 def test_one_bad_prompt_of_several_is_named_or_returned(model: nn.Module, make: Make) -> None:
@@ -436,7 +486,11 @@ def test_request_beyond_the_whole_cache_is_refused_with_the_sizes(make: Make) ->
         ({"cache": "pagd"}, "unknown cache 'pagd'. Did you mean 'paged'?"),
         ({"max_seq_len": 65}, "max_seq_len=65 is beyond max_positions=64"),
         ({"max_batch_size": 0}, "max_batch_size=0: must be >= 1"),
+        ({"max_batch_size": "8"}, "max_batch_size='8': must be a whole number"),
         ({"max_step_tokens": 8}, "max_step_tokens=8: must be >= 9"),
+        ({"cache_tokens": 1.5}, "cache_tokens=1.5: must be a whole number"),
+        ({"layout": 5}, "layout=5: give a text, as 'tp=2', or a ParallelLayout"),
+        ({"model": None}, "NoneType is no model"),
         ({"cache": "manager", "cache_tokens": 9}, "cache_tokens=9 with cache='manager'"),
         ({"cache": "none", "use_kv_cache": True}, "give one of them"),
         ({"max_batch_size": 10**9, "max_step_tokens": 10**10}, "does not fit the"),

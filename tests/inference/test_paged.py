@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from fms_parallel.inference.paged import BlockPool, Table
+from fms_parallel.inference.paged import GONE, BlockPool, Table, most_blocks
 
 
 def begun(pool: BlockPool, tokens: list[int], expected: int = 0) -> tuple[Table, int]:
@@ -101,6 +101,67 @@ def test_whole_rows_are_single_blocks_without_sharing() -> None:
     assert found == 0
     assert pool.runs(second, 60) == [(second.blocks[0] * 64, 60)]
     assert pool.begin([1]) is None
+
+
+def test_row_gives_back_what_no_later_query_sees() -> None:
+    pool = BlockPool(8, 4, window=6)
+    table, _ = begun(pool, list(range(20)))
+    assert len(table.blocks) == 1  # it grows as it goes on
+    assert pool.grow(table, 20)
+    pool.computed(table, list(range(20)), 13)
+    pool.slide(table, 13)  # token 13 sees 8 .. 13
+    assert table.blocks[:3] == [GONE, GONE, 2] and pool.in_use == 3
+    assert pool.runs(table, 20) == [(8, 12)] and pool.places(table, 8, 10) == [8, 9]
+    assert (pool.kept, pool.available) == (2, 5)  # what others may share is kept while there is room
+    other, found = begun(pool, list(range(20)))
+    assert found == 12 and other.blocks[:3] == [GONE, 1, 2]
+    forked = pool.fork(table, 16)
+    assert forked is not None and forked[0].gone == 2
+    for one in (table, other, forked[0]):
+        pool.end(one)
+    assert pool.in_use == 0
+
+
+def test_most_blocks_are_those_of_the_worst_place() -> None:
+    for size in (1, 3, 4):
+        for window in range(1, 12):
+            for chunk in range(1, 6):
+                spans = [(start + chunk - 1) // size - max(0, start - window + 1) // size + 1 for start in range(60)]
+                assert most_blocks(1000, size, window, chunk) == max(spans)
+    assert most_blocks(9, 4, None) == most_blocks(9, 4, 100) == 3
+
+
+def test_random_rows_behind_a_window_read_what_was_written_and_all_blocks_come_back() -> None:
+    draw, window = random.Random(1), 7
+    pool, memory = BlockPool(18, 4, window=window), {}
+    rows: list[tuple[Table, list[int], int]] = []
+    found = 0
+    for _ in range(4000):
+        if rows and draw.random() < 0.08:
+            pool.end(rows.pop(draw.randrange(len(rows)))[0])
+        elif rows and draw.random() < 0.8:
+            at = draw.randrange(len(rows))
+            table, tokens, done = rows[at]
+            stop = min(len(tokens), done + draw.randrange(1, 6))
+            if not pool.grow(table, stop):
+                continue
+            for place, position in zip(pool.places(table, done, stop), range(done, stop), strict=True):
+                memory[place] = tuple(tokens[: position + 1])
+            pool.computed(table, tokens, stop)
+            pool.slide(table, stop)
+            rows[at] = table, [*tokens, draw.randrange(2)], stop
+        elif (new := pool.begin(tokens := [draw.randrange(2) for _ in range(draw.randrange(1, 30))], 40)) is not None:
+            rows.append((new[0], tokens, new[1]))
+            found += new[1]
+        for table, tokens, done in rows:
+            first = max(0, done - window + 1)
+            assert [memory[p] for p in pool.places(table, first, done)] == [
+                tuple(tokens[: n + 1]) for n in range(first, done)
+            ]
+            assert len(table.blocks) - table.gone <= most_blocks(10**6, 4, window, 6)
+    for table, _, _ in rows:
+        pool.end(table)
+    assert pool.in_use == 0 and found > 0
 
 
 def test_random_rows_never_share_what_differs_and_all_blocks_come_back() -> None:

@@ -143,6 +143,84 @@ def test_logprobs_are_those_of_the_engine_in_both_dialects(ask: openai.OpenAI, r
     assert tokens == [one.token for one in content.content]
 
 
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_echo_with_logprobs_tells_the_prompt_too(
+    ask: openai.OpenAI, reference: InferenceEngine, options: dict[str, Any]
+) -> None:
+    """As programs that score texts ask for it: the choice's logprobs begin with the prompt's tokens."""
+    for prompt in ("hello", [8, 5, 12, 12, 15]):
+        for new in (0, 4):
+            words = options | {"max_new_tokens": new, "prompt_logprobs": 2, "logprobs": 2}
+            expected = reference.generate([prompt], **words)[0]
+            told = [*expected.prompt_logprobs, *expected.logprobs]
+            body: dict[str, Any] = {"model": NAME, "prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": new}
+            found = ask.completions.create(**body, **options).choices[0]
+            assert found.text == "hello" + expected.text and found.logprobs is not None
+            assert "".join(found.logprobs.tokens or []) == found.text
+            assert found.logprobs.token_logprobs == [None, *(pytest.approx(one.logprob) for one in told)]
+            first, *top = found.logprobs.top_logprobs or []
+            assert first is None and found.logprobs.text_offset == list(range(5 + len(expected.tokens)))
+            for one, values in zip(told, top, strict=True):
+                best = {reference.tokenizer.decode([t]): p for t, p in one.top}  # type: ignore[union-attr]
+                assert values.items() >= best.items() and len(values) in (2, 3)
+                assert one.logprob in values.values()
+            parts = [one.choices[0] for one in ask.completions.create(**body, **options, stream=True)]
+            assert "".join(part.text for part in parts) == found.text
+            pieces = [part.logprobs for part in parts if part.logprobs]
+            assert [x for piece in pieces for x in piece.token_logprobs or []] == found.logprobs.token_logprobs
+            assert [x for piece in pieces for x in piece.text_offset or []] == found.logprobs.text_offset
+    assert ask.completions.create(model=NAME, prompt="hello", echo=True, max_tokens=0).choices[0].text == "hello"
+
+
+def test_scoring_does_as_an_evaluation_harness_reads_it(ask: openai.OpenAI, reference: InferenceEngine) -> None:
+    """Two contexts with continuations in one request of token lists: sums behind the context, and whether greedy."""
+    context = [8, 5, 12, 12]
+    greedy = list(reference.generate([context], max_new_tokens=3, ignore_eos=True)[0].tokens)
+    rows = [context + greedy, [*context, 1, 2, 3]]
+    body: dict[str, Any] = {"model": NAME, "prompt": rows, "max_tokens": 1, "logprobs": 1, "echo": True, "seed": 1}
+    choices = sorted(ask.completions.create(**body, **GREEDY).choices, key=lambda one: one.index)
+    was_greedy = []
+    for row, choice in zip(rows, choices, strict=True):
+        told = choice.logprobs
+        assert told is not None
+        # A row that ends with eos has no log-probability of it; others have one for the new token.
+        count = len(row)
+        values = (told.token_logprobs or [])[len(context) : count]
+        expected = reference.generate([row], max_new_tokens=0, prompt_logprobs=1)[0].prompt_logprobs
+        assert sum(values) == pytest.approx(sum(one.logprob or 0.0 for one in expected[len(context) - 1 :]))
+        words = (told.tokens or [])[len(context) : count]
+        pairs = zip(words, (told.top_logprobs or [])[len(context) : count], strict=True)
+        was_greedy.append(all(token == max(top, key=lambda x: top[x]) for token, top in pairs))
+    assert was_greedy == [True, False]
+
+
+def test_the_best_of_several_are_the_likeliest_in_the_mean(ask: openai.OpenAI, reference: InferenceEngine) -> None:
+    body: dict[str, Any] = {"model": NAME, "prompt": ["hello", "x"], "max_tokens": 6, **SAMPLED}
+    found = ask.completions.create(**body, n=2, best_of=5)
+    rows = reference.generate(["hello"] * 5 + ["x"] * 5, max_new_tokens=6, logprobs=0, **SAMPLED)
+    expected = []
+    for group in (rows[:5], rows[5:]):
+        mean = {n: sum(x.logprob or 0.0 for x in one.logprobs) / len(one.logprobs) for n, one in enumerate(group)}
+        expected += [group[n].text for n in sorted(mean, key=lambda n: -mean[n])[:2]]
+    assert [one.text for one in found.choices] == expected and [one.index for one in found.choices] == [0, 1, 2, 3]
+    assert all(one.logprobs is None for one in found.choices)
+    assert found.usage is not None and found.usage.completion_tokens == sum(len(one.tokens) for one in rows)
+
+
+def test_rows_end_at_given_tokens_and_not_before_the_least(ask: openai.OpenAI, reference: InferenceEngine) -> None:
+    free = list(reference.generate("hello", max_new_tokens=12, ignore_eos=True)[0].tokens)
+    last = free[5]
+    more: dict[str, Any] = {"stop_token_ids": [last], "ignore_eos": True}
+    body: dict[str, Any] = {"model": NAME, "prompt": "hello", "max_tokens": 12, **GREEDY}
+    found = ask.completions.create(**body, extra_body=more)
+    expected = reference.generate("hello", max_new_tokens=12, eos_id=[last])[0]
+    assert (found.choices[0].text, found.choices[0].finish_reason) == (expected.text, "stop")
+    body |= {"logit_bias": {"0": 50}}  # eos at once
+    assert ask.completions.create(**body).usage.completion_tokens == 1  # type: ignore[union-attr]
+    found = ask.completions.create(**body, extra_body={"min_tokens": 7})
+    assert found.usage is not None and found.usage.completion_tokens == 8 and len(found.choices[0].text) == 7
+
+
 def test_an_eos_token_is_no_text_and_has_no_logprob(ask: openai.OpenAI) -> None:
     body: dict[str, Any] = {"model": NAME, "prompt": "hello", "logprobs": 0, "logit_bias": {"0": 100}, **GREEDY}
     told = ask.completions.create(**body).choices[0].logprobs

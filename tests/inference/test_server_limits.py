@@ -225,6 +225,21 @@ def test_the_model_is_made_by_the_installed_factory_or_a_named_one(monkeypatch: 
             find_factory(name)
 
 
+@pytest.mark.parametrize(("words", "copies"), [("", False), ("--fast_weights", True)])
+def test_matrices_are_laid_out_when_the_command_says_so(words: str, copies: bool) -> None:
+    from fms_parallel.inference.server import __main__ as command
+    from fms_parallel.layout import ParallelLayout
+    from fms_parallel.models import get_model
+
+    given = "--architecture llama --variant micro --override layers=1 --max_seq_len 32"
+    args = command.build_parser().parse_args(f"{given} {words}".split())
+    assert args.fast_weights == ("copies" if copies else None)
+    with command.make_engine(args, get_model, ParallelLayout(), "char") as engine:
+        assert (engine._fast is not None) == copies
+    with pytest.raises(SystemExit):
+        command.build_parser().parse_args([*given.split(), "--fast_weights", "more"])
+
+
 def test_signals_end_a_server_that_runs_in_the_main_thread() -> None:
     """It ends in order, gives the handlers back, and says what its engine died of."""
     before = signal.getsignal(signal.SIGTERM)

@@ -65,6 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
     engine.add_argument("--cache_tokens", type=int, help="of the paged cache (default: max_batch_size * max_seq_len)")
     engine.add_argument("--block_size", type=int, default=16, help="tokens of its blocks (default: %(default)s)")
     engine.add_argument("--max_step_tokens", type=int, default=512, help="of all rows in a step (default: %(default)s)")
+    engine.add_argument(
+        "--fast_weights",
+        nargs="?",
+        const="copies",
+        choices=("copies", "compiled"),
+        help="lay matrices out for decoding first (one more copy of them), or compile kernels for their shapes as well",
+    )
     engine.add_argument("--prompt_lookup", type=int, metavar="N", help="propose N tokens that followed before")
     add_fields(parser.add_argument_group("server"), fields(ServerOptions))
     return parser
@@ -143,7 +150,8 @@ def make_engine(
         **assignments(args.override, "--override"),
     )
     speculative = None if args.prompt_lookup is None else PromptLookup(args.prompt_lookup)
-    return InferenceEngine(model, text, speculative=speculative, **{name: getattr(args, name) for name in ENGINE})
+    words: dict[str, Any] = {name: getattr(args, name) for name in ENGINE}
+    return InferenceEngine(model, text, speculative=speculative, fast_weights=args.fast_weights or False, **words)
 
 
 def serve(

@@ -11,9 +11,10 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
+from itertools import accumulate
 from typing import Any
 
-from fms_parallel.inference.handle import Completion
+from fms_parallel.inference.handle import Completion, Event
 from fms_parallel.inference.request import Ids
 from fms_parallel.inference.sampler import Chosen
 from fms_parallel.inference.server.fields import Wanted
@@ -74,12 +75,19 @@ class Dialect(ABC):
             {
                 "index": row,
                 **self.content(row, one.text),
-                "logprobs": self.logprobs(self.seen(one.logprobs, one.finish), 0),
+                "logprobs": self.logprobs(self.seen(one.logprobs, one.finish), 0, self.echoed(row, one)),
                 "finish_reason": one.finish,
             }
-            for row, one in enumerate(rows)
+            for row, one in enumerate(self._likeliest(rows))
         ]
         return {**self.head, "object": self.objects[0], "choices": choices, "usage": self.usage(rows)}
+
+    def _likeliest(self, rows: Sequence[Completion]) -> list[Completion]:
+        """Of each prompt's rows those whose tokens are likeliest in the mean, as many as are wanted."""
+        several, kept = self.wanted.rows, self.wanted.n
+        groups = [rows[start : start + several] for start in range(0, len(rows), several)]
+        best = groups if several == kept else [sorted(group, key=_unlikely)[:kept] for group in groups]
+        return [one for group in best for one in group]
 
     def chunk(self, choices: Sequence[Json], usage: Json | None = None) -> bytes:
         """One event of a stream."""
@@ -96,7 +104,7 @@ class Dialect(ABC):
         """Tokens that were read and made: prompts count once, however many choices they have."""
         read = sum(map(len, self.prompts))
         made = sum(len(one.tokens) for one in rows)
-        found = sum(one.shared for one in rows[:: self.wanted.n])
+        found = sum(one.shared for one in rows[:: self.wanted.rows])
         return {
             **{"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made},
             "prompt_tokens_details": {"cached_tokens": found},
@@ -114,13 +122,29 @@ class Dialect(ABC):
     def first(self, row: int) -> Json | None:
         """What a row's first chunk has before there is any text."""
 
+    def echoed(self, row: int, told: Completion | Event | None) -> tuple[Ids, Sequence[Chosen]]:
+        """The prompt's tokens, and what is told of all but the first, where its log-probabilities are wanted too."""
+        if self.wanted.logprobs is None or not self.wanted.echo:
+            return (), ()
+        return self.prompts[row // self.wanted.n], () if told is None else told.prompt_logprobs
+
     @abstractmethod
     def more(self, text: str) -> Json:
         """What a chunk adds; "" in a row's last."""
 
     @abstractmethod
-    def logprobs(self, chosen: Sequence[Chosen], offset: int) -> Json | None:
-        """Of these tokens; `offset`: characters of the row's text before them. None where nobody asked."""
+    def logprobs(
+        self, chosen: Sequence[Chosen], offset: int, echoed: tuple[Ids, Sequence[Chosen]] = ((), ())
+    ) -> Json | None:
+        """Of these tokens, behind what is `echoed`; None where nobody asked.
+
+        Args:
+            offset: characters of the row's text before them.
+        """
+
+
+def _unlikely(row: Completion) -> float:
+    return -sum(one.logprob or 0.0 for one in row.logprobs) / max(1, len(row.logprobs))
 
 
 class CompletionDialect(Dialect):
@@ -137,14 +161,29 @@ class CompletionDialect(Dialect):
     def more(self, text: str) -> Json:
         return {"text": text}
 
-    def logprobs(self, chosen: Sequence[Chosen], offset: int) -> Json | None:
+    def logprobs(
+        self, chosen: Sequence[Chosen], offset: int, echoed: tuple[Ids, Sequence[Chosen]] = ((), ())
+    ) -> Json | None:
         if self.wanted.logprobs is None:
             return None
-        texts = [self.texts[one.token] for one in chosen]
-        offsets = [offset + sum(map(len, texts[:place])) for place in range(len(texts))]
-        top = [{self.texts[token]: logprob for token, logprob in reversed(one.top)} for one in chosen]
-        told = [one.logprob for one in chosen]
-        return {"tokens": texts, "token_logprobs": told, "top_logprobs": top, "text_offset": offsets}
+        ids, of_prompt = echoed
+        told = [*of_prompt, *chosen]
+        unknown = [None] * (1 if ids else 0)  # before the first token there is nothing that it could follow
+        texts = [self.texts[token] for token in (*ids[:1], *(one.token for one in told))]
+        return {
+            "tokens": texts,
+            "token_logprobs": [*unknown, *(one.logprob for one in told)],
+            "top_logprobs": [*unknown, *map(self._top, told)],
+            "text_offset": list(accumulate(map(len, texts), initial=offset))[: len(texts)],
+        }
+
+    def _top(self, one: Chosen) -> dict[str, float | None]:
+        """Text -> log-probability of the likeliest tokens, and of the one that stands there."""
+        found: dict[str, float | None] = {self.texts[one.token]: one.logprob}
+        for token, logprob in reversed(one.top):  # where two have the same text, the likelier counts
+            found.pop(self.texts[token], None)
+            found[self.texts[token]] = logprob
+        return found
 
     def _echoed(self, row: int) -> str:
         if not self.wanted.echo:
@@ -167,7 +206,9 @@ class ChatDialect(Dialect):
     def more(self, text: str) -> Json:
         return {"delta": {"content": text} if text else {}}
 
-    def logprobs(self, chosen: Sequence[Chosen], offset: int) -> Json | None:
+    def logprobs(
+        self, chosen: Sequence[Chosen], offset: int, echoed: tuple[Ids, Sequence[Chosen]] = ((), ())
+    ) -> Json | None:
         if self.wanted.logprobs is None:
             return None
         content = [

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fms_parallel.errors import FmsError
 from fms_parallel.inference.engine import InferenceEngine
+from fms_parallel.inference.options import check_tokens
 from fms_parallel.inference.request import Ids
 from fms_parallel.inference.server import fields
 from fms_parallel.inference.server.answers import ChatDialect, CompletionDialect, Dialect, TokenTexts
@@ -42,6 +43,8 @@ DIALECTS: Dialects = {
     "/v1/chat/completions": (fields.chat, ChatDialect, "messages"),
 }
 """Path -> how its bodies are read, how it answers, and the field that its prompts come from."""
+NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+"""Options of the engine -> the fields that they come from, where those have another name."""
 READERS = 2
 """Threads that read bodies: texts become tokens there, so that a long one delays nobody's stream."""
 
@@ -171,12 +174,12 @@ class Application:
         wanted, prompts, words = await loop.run_in_executor(self._readers, self._read, path, body)
         ticket = self.driver.open(len(words))
         try:
-            rows = [prompt for prompt in prompts for _ in range(wanted.n)]
+            rows = [prompt for prompt in prompts for _ in range(wanted.rows)]
             await loop.run_in_executor(self._readers, self._submit, ticket, rows, words)
         except BaseException:
             self.driver.close(ticket)
             raise
-        ends = frozenset() if wanted.options.get("ignore_eos") else self.ends
+        ends = self._ends(wanted)
         dialect = DIALECTS[path][1](wanted, self.name, prompts, ends, self.texts, self.tokenizer)
         seen = request.scope["state"]
         return Exchange(
@@ -228,18 +231,27 @@ class Application:
         """Options of each row, in the engine's words."""
         words = dict(wanted.options)
         words.setdefault("seed", secrets.randbits(63))
-        if not words.get("ignore_eos"):
-            words["eos_id"] = sorted(self.ends) or None
-        if wanted.logprobs is not None:
-            words["logprobs"] = wanted.logprobs
-        limits = [self._limit(wanted, name, prompt) for prompt in prompts for _ in range(wanted.n)]
+        words.pop("ignore_eos", None)
+        try:
+            check_tokens("stop_token_ids", wanted.ends, self.engine.vocab)
+        except FmsError as error:
+            raise bad("stop_token_ids", str(error)) from None
+        words["eos_id"] = sorted(self._ends(wanted)) or None
+        # Which rows are the likeliest is found from their log-probabilities.
+        words["logprobs"] = 0 if wanted.logprobs is None and wanted.rows > wanted.n else wanted.logprobs
+        words["prompt_logprobs"] = wanted.prompt_logprobs
+        limits = [self._limit(wanted, name, prompt) for prompt in prompts for _ in range(wanted.rows)]
         return [{**words, "row": row, "max_new_tokens": limit} for row, limit in enumerate(limits)]
+
+    def _ends(self, wanted: Wanted) -> frozenset[int]:
+        """Tokens that end its rows."""
+        return frozenset(wanted.ends) | (frozenset() if wanted.options.get("ignore_eos") else self.ends)
 
     def _limit(self, wanted: Wanted, name: str, prompt: Ids) -> int:
         """New tokens that a prompt may get."""
         longest, most = self.engine.setup.longest, self.options.max_tokens
         room = longest - len(prompt)
-        if room < 1:
+        if room < (0 if wanted.max_tokens == 0 else 1):
             raise bad(
                 name,
                 f"{name} has {len(prompt):,} tokens, and max_seq_len={longest:,} must hold at least one more: "
@@ -265,7 +277,8 @@ class Application:
         except FmsError as error:
             # The engine's sentences begin with the option that they are about.
             option = str(error).partition("=")[0]
-            raise Failure(400, str(error), option if option in fields.ENGINE else None) from None
+            option = NAMES.get(option, option)
+            raise Failure(400, str(error), option if option in fields.SHARED else None) from None
 
 
 async def _gather(request: Request, most: int) -> bytes:

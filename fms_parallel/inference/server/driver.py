@@ -92,13 +92,14 @@ class Driver:
         ended: told of every row that has ended, also of those whose client has left; on asyncio's thread.
     Attributes:
         in_flight: rows that the engine has been given, or will be. error: what ended the thread, if anything did.
-        snapshot: the latest one.
+        snapshot: the latest one. died: called on asyncio's thread when the engine has died.
     """
 
     def __init__(self, engine: InferenceEngine, capacity: int, ended: Callable[[Completion], object]) -> None:
         self.engine, self.capacity, self._ended = engine, capacity, ended
         self.in_flight = 0
         self.error: BaseException | None = None
+        self.died: Callable[[], object] = lambda: None
         self.snapshot = Snapshot(engine.counts(), engine.memory_report())
         self._tickets: set[Ticket] = set()
         self._submitted: queue.SimpleQueue[tuple[Ticket, int, Handle]] = queue.SimpleQueue()
@@ -179,6 +180,8 @@ class Driver:
         """Nobody is left waiting for an engine that has ended."""
         for ticket in self._tickets:
             ticket.fail(Failure(500, f"{self.trouble or 'the engine was closed'}."))
+        if self.trouble is not None:
+            self.died()
 
     # ---- any thread --------------------------------------------------------------------------------------------
 

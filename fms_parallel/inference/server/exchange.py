@@ -165,7 +165,11 @@ class Telling:
         parts: list[Json] = []
         if not self.begun:
             self.begun, first = True, self.dialect.first(self.row)
-            parts += [] if first is None else [self.dialect.choice(self.row, first)]
+            if first is not None:
+                ids, told = self.dialect.echoed(self.row, news.event or news.completion)
+                self.offset = sum(len(self.dialect.texts[token]) for token in ids)
+                logprobs = self.dialect.logprobs((), 0, (ids, told)) if ids else None
+                parts.append(self.dialect.choice(self.row, first, logprobs))
         if news.event is not None:
             parts += self._more(news.event)
         if (one := news.completion) is not None:

@@ -29,7 +29,8 @@ class Wanted:
 
     Attributes:
         model: the name the client used. prompts, or messages of a chat (then `template` words go to its template).
-        n: choices per prompt. max_tokens: None: as many as fit. options: for the engine, in its words.
+        n: choices per prompt; best_of: rows of which they are the likeliest. max_tokens: None: as many as fit.
+        options: for the engine, in its words. ends: further tokens that end a row.
         logprobs: how many of the likeliest tokens to tell beside the chosen one; None: tell nothing.
         echo: begin with the prompt. stream: in events; usage: with the counts in a last one.
     """
@@ -39,12 +40,26 @@ class Wanted:
     messages: tuple[dict[str, str], ...] = ()
     template: Mapping[str, Any] = field(default_factory=dict)
     n: int = 1
+    best_of: int | None = None
     max_tokens: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    ends: tuple[int, ...] = ()
     logprobs: int | None = None
     echo: bool = False
     stream: bool = False
     usage: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows of the engine per prompt."""
+        return self.best_of or self.n
+
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """As `logprobs`, of the prompt's tokens; 0 where nothing else is asked of the model."""
+        if not self.echo:
+            return None
+        return 0 if self.logprobs is None and self.max_tokens == 0 else self.logprobs
 
 
 # ---- values -------------------------------------------------------------------------------------------------------
@@ -127,12 +142,20 @@ def stream_options(name: str, value: Any) -> bool:
     return flag(f"{name}.include_usage", value.get("include_usage", False))
 
 
+def token(one: Any) -> bool:
+    """Whether it may be the number of one."""
+    return isinstance(one, int) and not isinstance(one, bool)
+
+
+def ends(name: str, value: Any) -> tuple[int, ...]:
+    """Token numbers."""
+    if not isinstance(value, list) or not all(map(token, value)):
+        raise bad(name, f"{name}={shown(value)}: must be a list of token numbers.")
+    return tuple(value)
+
+
 def prompts(name: str, value: Any) -> tuple[Prompt, ...]:
     """A text, token numbers, or a list of either."""
-
-    def token(one: Any) -> bool:
-        return isinstance(one, int) and not isinstance(one, bool)
-
     if isinstance(value, str):
         return (value,)
     if isinstance(value, list) and value:
@@ -205,10 +228,18 @@ SHARED: dict[str, Reader] = ENGINE | {
     "model": text,
     "n": whole(1, MOST_CHOICES),
     "max_tokens": whole(1),
+    "min_tokens": whole(0),
+    "stop_token_ids": ends,
     "stream": flag,
     "stream_options": stream_options,
 }
-COMPLETION: dict[str, Reader] = SHARED | {"prompt": prompts, "echo": flag, "logprobs": whole(0, MOST_TOP_LOGPROBS)}
+COMPLETION: dict[str, Reader] = SHARED | {
+    "prompt": prompts,
+    "max_tokens": whole(0),
+    "best_of": whole(1, MOST_CHOICES),
+    "echo": flag,
+    "logprobs": whole(0, MOST_TOP_LOGPROBS),
+}
 CHAT: dict[str, Reader] = SHARED | {
     "messages": messages,
     "max_completion_tokens": whole(1),
@@ -283,25 +314,30 @@ def _common(found: Mapping[str, Any], max_tokens: int | None) -> dict[str, Any]:
     if options["temperature"] == 0:
         for name in ("top_k", "top_p", "min_p"):  # the likeliest token is taken, whatever they keep
             options.pop(name, None)
+    if "min_tokens" in found:
+        options["min_new_tokens"] = found["min_tokens"]
     return {
         **{name: found[name] for name in ("model", "n", "stream") if name in found},
         **{"max_tokens": max_tokens, "options": options, "usage": found.get("stream_options", False)},
+        "ends": found.get("stop_token_ids", ()),
     }
 
 
 def completion(body: Mapping[str, Any]) -> Wanted:
     """A body of `/v1/completions`."""
-    body = dict(body)
-    best_of = body.pop("best_of", None)
     found = _read(body, COMPLETION)
     if "prompt" not in found:
         raise bad("prompt", "prompt is missing: a text, a list of token numbers, or a list of either.")
-    if best_of is not None and best_of != found.get("n", 1):
-        raise bad("best_of", f"best_of={shown(best_of)} with n={found.get('n', 1)} is not supported: ask for n.")
-    if found.get("echo") and "logprobs" in found:
-        raise bad("echo", "echo with logprobs is not supported: log-probabilities are of new tokens only.")
+    n, best_of, echo = found.get("n", 1), found.get("best_of"), found.get("echo", False)
+    if best_of is not None and best_of < n:
+        raise bad("best_of", f"best_of={best_of} with n={n}: must be at least n.")
+    if best_of not in (None, n) and found.get("stream"):
+        raise bad("best_of", f"best_of={best_of} with stream=true: the best are known at the end; drop one of them.")
+    if found.get("max_tokens") == 0 and not echo:
+        raise bad("max_tokens", "max_tokens=0 without echo=true asks for nothing: must be >= 1.")
     common = _common(found, found.get("max_tokens", DEFAULT_MAX_TOKENS))
-    return Wanted(prompts=found["prompt"], echo=found.get("echo", False), logprobs=found.get("logprobs"), **common)
+    logprobs = found.get("logprobs")
+    return Wanted(prompts=found["prompt"], echo=echo, logprobs=logprobs, best_of=best_of, **common)
 
 
 def chat(body: Mapping[str, Any]) -> Wanted:

@@ -32,6 +32,7 @@ class ServerOptions:
     request_timeout: float = _option(600.0, "seconds until a request must have been answered: 504")
     drain_timeout: float = _option(20.0, "seconds that requests get to end after SIGTERM")
     stall_timeout: float = _option(120.0, "seconds of one step of the engine after which /health says 503")
+    linger_timeout: float = _option(10.0, "seconds that a server whose engine has died stays to say so, then it ends")
     api_key: str | None = _option(None, "clients of /v1 must send it as a bearer token", str)
     chat_template: str | None = _option(None, "Jinja file for chats (default: the tokenizer's, or a plain one)", str)
 

@@ -5,6 +5,7 @@ It knows sockets, signals and uvicorn; what is served is the application's.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import signal
 import socket
@@ -96,6 +97,7 @@ class Server:
             callback_notify=self._notify,
         )
         self._server = uvicorn.Server(settings)
+        self.application.driver.died = lambda: self._end_in(options.linger_timeout)
         self._thread: threading.Thread | None = None
         self._tell: Callable[[], object] | None = None
 
@@ -106,6 +108,8 @@ class Server:
 
     def run(self, ready: Callable[[], object] | None = None) -> None:
         """Serve until SIGTERM or SIGINT; then requests get drain_timeout to end, and the rest is cancelled.
+
+        When the engine dies, it serves for linger_timeout more, to say so.
 
         Args:
             ready: called once, when it listens.
@@ -141,6 +145,10 @@ class Server:
         self._server.should_exit = True
         if self._thread is not None:
             self._thread.join()
+
+    def _end_in(self, seconds: float) -> None:
+        """Stay to say that the engine has died, then end: whoever started the server may start it anew."""
+        asyncio.get_running_loop().call_later(seconds, lambda: setattr(self._server, "should_exit", True))
 
     async def _notify(self) -> None:
         """uvicorn calls it when it has begun to listen, and now and then after."""
