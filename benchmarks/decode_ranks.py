@@ -2,6 +2,7 @@
 
     torchrun --nproc_per_node=2 benchmarks/decode_ranks.py --layout pp=2       1 and 4 requests: tokens per second
     torchrun --nproc_per_node=2 benchmarks/decode_ranks.py --layout tp=2 --requests 1 --alone [--no-sockets]
+    torchrun --nproc_per_node=2 benchmarks/decode_ranks.py --layout tp=2 --through sockets shared_memory gloo
 
 Cases run in turn (A B A B ...) and ratios are medians over rounds, so whatever disturbs the machine disturbs all. A
 case's clocks start with its first token, so prompts do not count. With `--alone` the first rank also holds the whole
@@ -25,10 +26,20 @@ from decode import SIZES, Size
 from fms_parallel.cli import run
 from fms_parallel.distributed.start import process_group
 from fms_parallel.inference import Event, InferenceEngine
+from fms_parallel.inference.local import connect
 from fms_parallel.models import get_model
 
 KNOWN = {**SIZES, "narrow": Size(64, 12, 4, 192)}
 """Name -> a model. In the narrow one matrices cost next to nothing: what is left is what everything else costs."""
+
+
+WAYS: dict[str, bool | str] = {"sockets": True, "shared_memory": "shared_memory", "gloo": False}
+"""How the ranks of tp sum -> `local_sockets` of an engine."""
+
+
+def first(args: argparse.Namespace) -> str | None:
+    """The way that ratios are of."""
+    return args.through[0] if args.through else None
 
 
 class Stopwatch:
@@ -75,15 +86,23 @@ def measure(args: argparse.Namespace, rank: int) -> dict[str, list[tuple[float, 
     options: dict[str, Any] = {"max_batch_size": max(args.requests), "max_seq_len": 512, "share_prefixes": False}
     options["fast_weights"] = "compiled" if args.compiled else not args.stored
     model = get_model("llama", "7b", distributed_strategy=args.layout, tied=True, kv_heads=None, **sizes)
-    engine = InferenceEngine(model, local_sockets=False if args.no_sockets else None, **options)
+    engine = InferenceEngine(model, local_sockets=False if args.no_sockets or args.through else None, **options)
     whole: Any = None
     if args.apart or (args.alone and rank == 0):
         whole = InferenceEngine(get_model("llama", "7b", tied=True, kv_heads=None, **sizes), **options)
     found: dict[str, list[tuple[float, float]]] = {}
     for _ in range(args.rounds + 1):  # the first warms up
-        for requests in args.requests:
+        for requests, way in ((requests, way) for requests in args.requests for way in args.through or [None]):
+            if way is not None:
+                engine.ranks.use(connect(engine.model, WAYS[way]))
             pair = of_all_ranks(one_round(engine, requests, args))
-            found.setdefault(f"{args.layout}, {requests} requests", []).append(pair)
+            if engine.ranks.sockets is not None and way is not None:
+                engine.ranks.sockets.close()
+                engine.ranks.use(None)
+            name = f"{args.layout}, {requests} requests" + ("" if way in (None, first(args)) else f", {way}")
+            found.setdefault(name, []).append(pair)
+            if way != first(args):
+                continue
             if args.apart:
                 pair = of_all_ranks(one_round(whole, requests, args))
                 found.setdefault(f"each its own, {requests} requests", []).append(pair)
@@ -128,6 +147,7 @@ def main() -> int:
     parser.add_argument("--compiled", action="store_true", help="kernels compiled for the weights' shapes as well")
     parser.add_argument("--stored", action="store_true", help="weights as they are stored, not laid out for decoding")
     parser.add_argument("--no-sockets", action="store_true", help="ranks of tp talk over gloo alone")
+    parser.add_argument("--through", nargs="+", choices=tuple(WAYS), help="how ranks of tp sum, in turn")
     parser.add_argument("--prompt", type=int, default=16, help="tokens (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=32, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")

@@ -2,6 +2,7 @@
 
     python benchmarks/relayout.py                          59 M parameters, AdamW, fp32, 4 ranks, three times round
     python benchmarks/relayout.py --width 256 --repeats 1
+    python benchmarks/relayout.py --no_shared_memory       pieces go over gloo, as between hosts
 
 For each change: bytes between ranks and the least there could be; seconds of the live change without building the model
 (which both ways need), with it, and of torch.distributed.checkpoint's save + load through --folder (/dev/shm: no disk).
@@ -53,7 +54,7 @@ def tensors_of(state: TrainingState) -> dict[str, Tensor]:
     return {**named_weights(state.model), **named_state(state.model, state.optimizer)[0]}
 
 
-def run(sizes: dict[str, Any], folder: str, repeats: int, round_mb: int, verify: bool) -> list[dict[str, Any]]:
+def run(sizes: dict[str, Any], folder: str, repeats: int, more: dict[str, Any]) -> list[dict[str, Any]]:
     """One rank of the whole benchmark."""
     warnings.filterwarnings("ignore")
     options = TrainOptions(lr=1e-3)
@@ -67,8 +68,7 @@ def run(sizes: dict[str, Any], folder: str, repeats: int, round_mb: int, verify:
     model(ids, labels=ids).backward()
     state.optimizer.step()  # type: ignore[union-attr]
     model.zero_grad()
-    how: dict[str, Any] = {"round_bytes": round_mb << 20, "verify": verify}
-    relayout = Relayout(build, lambda model: make_optimizer(model, options), **how)
+    relayout = Relayout(build, lambda model: make_optimizer(model, options), **more)
     found = []
     for _ in range(repeats):
         for layout in CHAIN:
@@ -117,13 +117,16 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--round_mb", type=int, default=64, help="memory of a round (default: %(default)s)")
     parser.add_argument("--no_verify", action="store_true", help="what fingerprints cost: without them")
+    parser.add_argument("--no_shared_memory", action="store_true", help="what ranks of other hosts have: gloo alone")
     parser.add_argument(
         "--folder", default="/dev/shm/fms_parallel_relayout", help="for the checkpoints of the comparison"
     )
     args = parser.parse_args()
     shape = {"heads": 8, "kv_heads": 8, "ffn_width": args.width * 8 // 3, "vocab_size": 8192, "max_positions": 64}
     sizes: dict[str, Any] = {"width": args.width, "layers": args.layers, **shape}
-    ranks = run_ranks(run, 4, sizes, args.folder, args.repeats, args.round_mb, not args.no_verify, timeout=1800)
+    more: dict[str, Any] = {"round_bytes": args.round_mb << 20, "verify": not args.no_verify}
+    more["shared_memory"] = False if args.no_shared_memory else None
+    ranks = run_ranks(run, 4, sizes, args.folder, args.repeats, more, timeout=1800)
     assert all(one["equal"] for rank in ranks for one in rank), "the two ways differ"
     with torch.device("meta"):
         count = sum(p.numel() for p in get_model("llama", "micro", fill=lambda model: None, **sizes).parameters())

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -40,10 +41,12 @@ class Box:
 
     def intersect(self, other: Box) -> Box | None:
         """The common box, in the same (global) coordinates, or None when they do not meet."""
+        if self == other:
+            return self if self.numel else None
         offset, size = [], []
         for a, n, b, m in zip(self.offset, self.size, other.offset, other.size, strict=True):
-            start = max(a, b)
-            count = min(a + n, b + m) - start
+            start = a if a > b else b
+            count = (a + n if a + n < b + m else b + m) - start
             if count <= 0:
                 return None
             offset.append(start)
@@ -68,5 +71,7 @@ def local_box(tensor: Tensor) -> Box:
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """The memory that this rank holds, detached from autograd: writing to it writes the parameter."""
-    plain = tensor.detach()
-    return plain.to_local() if isinstance(plain, DTensor) else plain
+    if isinstance(tensor, DTensor):
+        with torch.no_grad():  # a DTensor's own `detach` takes ten times as long
+            tensor = tensor.to_local()
+    return tensor.detach()

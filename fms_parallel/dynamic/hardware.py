@@ -109,7 +109,8 @@ class HardwareProfiler:
     """Measures the job's ranks.
 
     Args:
-        device_type: `cpu` or `cuda`. repeats: of each measurement; more are steadier (five take about three seconds).
+        device_type: `cpu` or `cuda`. repeats: of each measurement; more are steadier (five take three seconds of CPU
+            on one rank alone, five to six on each of several).
     """
 
     def __init__(self, device_type: str = CPU, repeats: int = 5) -> None:

@@ -49,8 +49,11 @@ class Entry:
     def views(self, box: Box) -> list[Tensor]:
         """The memory of a box that lies in one of this rank's, one view per kind."""
         for own, tensors in zip(self.boxes, self.memory, strict=True):
+            if own == box:
+                return list(tensors)
             if own.intersect(box) == box:
-                return [tensor[box.shifted(own.offset).slices] for tensor in tensors]
+                here = box.shifted(own.offset).slices
+                return [tensor[here] for tensor in tensors]
         raise LayoutError(f"this rank holds {self.boxes}, of which {box} is no part.")
 
 

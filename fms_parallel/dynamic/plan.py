@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from fms_parallel.distributed.boxes import Box
 from fms_parallel.errors import ConfigError, LayoutError
@@ -24,6 +24,10 @@ Table = Mapping[str, tuple[Box, ...]]
 
 ROUND_BYTES = 64 * 2**20
 """What a rank sends and receives in one round, together: the memory that a transfer needs beside the new shard."""
+
+
+PATTERNS = 4096
+"""Ways to cut boxes that are remembered: the blocks of a model are cut alike."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def plan_transfer(
     for name, item in items.items():
         _refuse_loss(name, item.shape, wanted)
         for rank, table in enumerate(wanted):
-            kept, missing = _own_and_missing(table.get(name, ()), held[rank].get(name, ()))
+            kept, missing = _own_and_missing(tuple(table.get(name, ())), tuple(held[rank].get(name, ())))
             copies += [Move(name, box, rank, rank) for box in kept]
             lacking += [(name, box, rank) for box in missing]
     moves = _sourced(items, held, lacking)
@@ -132,21 +136,35 @@ def _refuse_strangers(items: Mapping[str, Item], held: Sequence[Table], wanted: 
 def _refuse_loss(name: str, shape: tuple[int, ...], wanted: Sequence[Table]) -> None:
     """Every element must have a place afterwards."""
     places = dict.fromkeys(box for table in wanted for box in table.get(name, ()))
-    if left := subtract([Box.whole(shape)], places):
+    if left := _cut(Box.whole(shape), tuple(places))[1]:
         raise LayoutError(
             f"{name}: the part at {left[0].offset} of size {left[0].size} of {shape} has no home in the new layout and "
             "would be lost; the new model must hold every tensor of the old one."
         )
 
 
-def _own_and_missing(wanted: Iterable[Box], held: Iterable[Box]) -> tuple[list[Box], list[Box]]:
+@lru_cache(maxsize=PATTERNS)
+def _own_and_missing(wanted: tuple[Box, ...], held: tuple[Box, ...]) -> tuple[tuple[Box, ...], tuple[Box, ...]]:
     """Of what a rank wants: what it has itself, and what it lacks; nothing twice."""
     kept: list[Box] = []
     missing = [box for box in wanted if box.numel]
     for box in held:
         kept += [common for part in missing if (common := part.intersect(box))]
         missing = subtract(missing, [box])
-    return kept, missing
+    return tuple(kept), tuple(missing)
+
+
+@lru_cache(maxsize=PATTERNS)
+def _cut(wanted: Box, held: tuple[Box, ...]) -> tuple[tuple[tuple[Box, tuple[Box, ...]], ...], tuple[Box, ...]]:
+    """A box as pieces, each with those of `held` that have all of it, and what none of them has."""
+    found: list[tuple[Box, tuple[Box, ...]]] = []
+    missing = [wanted] if wanted.numel else []
+    for box in held:
+        for part in missing:
+            if piece := part.intersect(box):
+                found.append((piece, tuple(one for one in held if one.intersect(piece) == piece)))
+        missing = subtract(missing, [box])
+    return tuple(found), tuple(missing)
 
 
 def _sourced(items: Mapping[str, Item], held: Sequence[Table], lacking: Sequence[tuple[str, Box, int]]) -> list[Move]:
@@ -157,13 +175,10 @@ def _sourced(items: Mapping[str, Item], held: Sequence[Table], lacking: Sequence
             for box in boxes:
                 if box.numel:
                     holders.setdefault(name, {}).setdefault(box, []).append(rank)
-    pieces: list[tuple[int, str, Box, int]] = []
+    pieces: list[tuple[int, str, Box, int, tuple[Box, ...]]] = []
     for name, wanted, target in lacking:
-        missing = [wanted]
-        for box in holders.get(name, {}):
-            found = [common for part in missing if (common := part.intersect(box))]
-            pieces += [(piece.numel * items[name].width, name, piece, target) for piece in found]
-            missing = subtract(missing, [box])
+        found, missing = _cut(wanted, tuple(holders.get(name, ())))
+        pieces += [(piece.numel * items[name].width, name, piece, target, boxes) for piece, boxes in found]
         if missing:
             raise LayoutError(
                 f"{name}: rank {target} needs the part at {missing[0].offset} of size {missing[0].size} of "
@@ -171,8 +186,8 @@ def _sourced(items: Mapping[str, Item], held: Sequence[Table], lacking: Sequence
             )
     sent = [0] * len(held)
     moves: list[Move] = []
-    for size, name, piece, target in sorted(pieces, key=lambda piece: -piece[0]):
-        having = [rank for box, ranks in holders[name].items() if box.intersect(piece) == piece for rank in ranks]
+    for size, name, piece, target, boxes in sorted(pieces, key=lambda piece: -piece[0]):
+        having = [rank for box in boxes for rank in holders[name][box]]
         source = min(having, key=lambda rank: (sent[rank], rank))
         sent[source] += size
         moves.append(Move(name, piece, source, target))

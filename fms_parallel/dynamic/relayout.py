@@ -29,12 +29,13 @@ from fms_parallel.checkpoint.agree import from_every_rank, rank_and_world
 from fms_parallel.checkpoint.named import STATE, WEIGHT, Stored, Targets, aim_state, aim_weights, put_state
 from fms_parallel.checkpoint.words import listed
 from fms_parallel.distributed.boxes import Box, local_tensor
+from fms_parallel.distributed.trade import Trades
 from fms_parallel.dynamic.inventory import Entry, Inventory, everyone
 from fms_parallel.dynamic.memory import free_bytes
 from fms_parallel.dynamic.meshes import MeshCache
 from fms_parallel.dynamic.plan import ROUND_BYTES, TransferPlan, plan_transfer, subtract
 from fms_parallel.dynamic.state import Luggage, TrainingState, Unpacked, merged
-from fms_parallel.dynamic.transfer import carry_out
+from fms_parallel.dynamic.transfer import Tally, carry_out
 from fms_parallel.errors import FmsError, LayoutError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.log import get_logger
@@ -45,6 +46,10 @@ logger = get_logger(__name__)
 
 KEPT = ("precision", "recompute", "offload")
 """Words of a layout that say not how a model is spread: a text that does not name them keeps them."""
+
+
+SHARED_FROM, SEGMENT = 4 * 2**20, 8 * 2**20
+"""Bytes between ranks from which on they share memory to move them, and bytes that each shares then and keeps."""
 
 
 class ModelFactory(Protocol):
@@ -91,6 +96,8 @@ class Relayout:
         meshes: kept between switches. round_bytes: memory that a transfer may take beside the new shard.
         memory_limit: bytes that old and new state may take together on this rank; None: what the device has free.
         verify: compare fingerprints of every piece before the commit.
+        shared_memory: ranks of one host move pieces through memory that they share (CPU): None: where much moves;
+            False: never; True: always. Those that cannot go over the process group.
     """
 
     def __init__(
@@ -103,11 +110,13 @@ class Relayout:
         round_bytes: int = ROUND_BYTES,
         memory_limit: int | None = None,
         verify: bool = True,
+        shared_memory: bool | None = None,
     ) -> None:
         self.model_factory, self.optimizer_factory = model_factory, optimizer_factory
         self.scheduler_factory = scheduler_factory
         self.meshes = meshes or MeshCache()
         self.round_bytes, self.memory_limit, self.verify = round_bytes, memory_limit, verify
+        self.shared_memory, self.trades = shared_memory, Trades()
         self.last: SwitchReport | None = None
 
     # ---- the switch ---------------------------------------------------------------------------------------------
@@ -173,7 +182,7 @@ class Relayout:
         plan = plan_transfer(items, *tables, self.round_bytes)  # refuses on every rank, or on none
         clock.done("plan")
         messages = device if dist.is_initialized() and dist.get_backend() == "nccl" else None
-        tally = carry_out(plan, here, there, round_bytes=self.round_bytes, verify=self.verify, device=messages)
+        tally = self._move(plan, here, there, messages)
         clock.done("move")
         with agreed(f"verifying layout {str(layout)!r}"):
             if tally.wrong:
@@ -189,6 +198,19 @@ class Relayout:
         self.last = _report(taken.step, layout, plan, clock.seconds)
         numbers = dict(taken.numbers)
         return TrainingState(model, optimizer, step=taken.step, scheduler=scheduler, numbers=numbers)
+
+    def _move(self, plan: TransferPlan, here: Inventory, there: Inventory, device: torch.device | None) -> Tally:
+        """Carry a plan out, through shared memory where that is wanted and can be."""
+        wanted = plan.total >= SHARED_FROM if self.shared_memory is None else self.shared_memory
+        trade = None
+        if wanted and plan.rounds and dist.get_backend() == "gloo":
+            trade = self.trades.get(min(SEGMENT, self.round_bytes // 4))
+        how: dict[str, Any] = {"round_bytes": self.round_bytes, "verify": self.verify, "device": device}
+        try:
+            return carry_out(plan, here, there, trade=trade, **how)
+        except BaseException:
+            self.trades.close()  # whoever waits for this rank hears of it
+            raise
 
     def empty(self, layout: ParallelLayout, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
         """A model and an optimizer in `layout` that hold nothing yet, to be filled from a checkpoint. Collective."""

@@ -1,9 +1,9 @@
 """Carrying out a `TransferPlan`: rounds of sends and receives between the memory that ranks have and want.
 
-What lies in one run of memory goes from where it is to where it is wanted; the rest is packed, one message for each
-pair of ranks and dtype in a round. Every piece is fingerprinted where it was read and where it was written, and the two
-are compared when all has arrived (within a rank, the bits themselves). It knows inventories and the process group of
-all ranks; it knows no models.
+Ranks of one host trade through memory that they share. Between hosts what lies in one run of memory goes from where it
+is to where it is wanted; the rest is packed, one message for each pair of ranks and dtype in a round. Every piece is
+fingerprinted where it was read and where it was written, and the two are compared when all has arrived (within a rank,
+the bits themselves). It knows inventories and the process group of all ranks; it knows no models.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fms_parallel.distributed.boxes import Box
+from fms_parallel.distributed.trade import Trade
 from fms_parallel.dynamic.inventory import Inventory
 from fms_parallel.dynamic.plan import Move, TransferPlan, split
 
 ALONE = 256 * 2**10
 """Bytes from which on a tensor's piece is a message of its own: there a message costs less than packing."""
 
-LANES = 1 << 15
-"""Words of 8 bytes that a fingerprint takes at a time."""
+COPIED = 4 * 2**20
+"""Bytes that are copied within a rank before they are compared: still in a cache."""
+
+LANES = 1 << 10
+"""Words of 8 bytes of one line of a fingerprint."""
 
 WHOLE_NUMBERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By size of an element."""
@@ -46,18 +50,22 @@ def carry_out(
     round_bytes: int,
     verify: bool = True,
     device: torch.device | None = None,
+    trade: Trade | None = None,
 ) -> Tally:
     """Fill `there` from every rank's `here`. Collective over all ranks; `here` is only read.
 
     Args:
         device: where the process group's messages must lie; None: where the memory is.
+        trade: with the ranks that share memory with this one; None: nobody does.
+    Raises:
+        RankFailed: one of those is gone.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     tally, read = Tally(), Prints()
     with torch.no_grad():
         _copy(plan, here, there, rank, round_bytes, verify, tally)
         for moves in plan.rounds:
-            tally.sent += _exchange(moves, here, there, rank, device, read if verify else None)
+            tally.sent += _exchange(moves, here, there, rank, device, read if verify else None, trade)
         if verify and plan.rounds:
             tally.wrong += _compare(plan, here, there, rank, device, read)
     return tally
@@ -69,7 +77,7 @@ def _copy(
     for move in plan.copies:
         if move.source != rank:
             continue
-        for box in split(move.box, max(round_bytes // 2 // plan.widths[move.name], 1)):
+        for box in split(move.box, max(min(COPIED, round_bytes // 2) // plan.widths[move.name], 1)):
             ends = list(zip(here[move.name].views(box), there[move.name].views(box), strict=True))
             for old, new in ends:
                 new.copy_(old)
@@ -102,22 +110,30 @@ def _exchange(
     rank: int,
     device: torch.device | None,
     read: Prints | None,
+    trade: Trade | None = None,
 ) -> int:
     """One round; returns the bytes that this rank sent. `read`: takes the fingerprints of what is sent meanwhile."""
     operations: list[dist.P2POp] = []
     landings: list[tuple[Tensor, list[Tensor]]] = []
+    near: tuple[dict[int, list[Tensor]], dict[int, list[Tensor]]] = {}, {}
     sent = 0
     for peer in sorted({m.source + m.target - rank for m in moves if rank in (m.source, m.target)}):
-        for message in _messages([v for m in moves if m.source == rank and m.target == peer for v in _views(here, m)]):
-            tensor = _packed(message, device)
-            sent += tensor.nbytes
-            operations.append(dist.P2POp(dist.isend, tensor, peer))
-        for message in _messages([v for m in moves if m.target == rank and m.source == peer for v in _views(there, m)]):
+        leaving = [v for m in moves if m.source == rank and m.target == peer for v in _views(here, m)]
+        arriving = [v for m in moves if m.target == rank and m.source == peer for v in _views(there, m)]
+        sent += sum(view.nbytes for view in leaving)
+        if trade is not None and peer in trade.peers:
+            near[0][peer], near[1][peer] = leaving, arriving
+            continue
+        for message in _messages(leaving):
+            operations.append(dist.P2POp(dist.isend, _packed(message, device), peer))
+        for message in _messages(arriving):
             tensor = _room(message, device)
             if tensor is not message[0]:
                 landings.append((tensor, message))
             operations.append(dist.P2POp(dist.irecv, tensor, peer))
     under_way = dist.batch_isend_irecv(operations) if operations else []
+    if trade is not None:
+        trade(*near)
     if read is not None:
         for move in moves:
             if move.source == rank:
@@ -204,32 +220,36 @@ def fingerprint(tensor: Tensor) -> int:
     flat = tensor.contiguous().view(-1).view(torch.uint8)
     if flat.storage_offset() % 8:
         flat = flat.clone()
-    whole = flat.numel() // 8 * 8
+    size = flat.numel()
+    whole = size // 8 * 8
     words = flat[:whole].view(torch.int64)
-    if whole < flat.numel():
-        tail = torch.nn.functional.pad(flat[whole:], (0, 8 - flat.numel() + whole)).view(torch.int64)
+    if whole < size:
+        tail = torch.nn.functional.pad(flat[whole:], (0, 8 - size + whole)).view(torch.int64)
         return _wrapped(3 * _weighed(words) + int(tail))
     return _wrapped(3 * _weighed(words))
 
 
 def _weighed(words: Tensor) -> int:
-    """int64 `[n]` -> one number."""
-    weights = _weights(words.device)
-    rows = words.numel() // LANES
-    rest = words[rows * LANES :]
-    total = int((rest * weights[: rest.numel()]).sum())
-    if rows:
-        table = words[: rows * LANES].view(rows, LANES)
+    """int64 `[n]` -> one number: each word times an odd one of its lane and, but for the last lanes, of its line."""
+    weights, count = _weights(words.device), words.numel()
+    rest = count % LANES
+    total = _product(words[count - rest :], weights[:rest]) if rest else 0
+    if count > rest:
+        table = words[: count - rest].view(-1, LANES)
         # One pass over the memory; elsewhere than on the CPU torch has no product of whole numbers.
-        lines = torch.mv(table, weights) if words.device.type == "cpu" else (table * weights).sum(1)
-        total += 5 * _weighed(lines)
-    return _wrapped(total)
+        lines = torch.mv(table, weights[:LANES]) if words.device.type == "cpu" else (table * weights[:LANES]).sum(1)
+        total += 5 * (_product(lines, weights[: len(lines)]) if len(lines) <= len(weights) else _weighed(lines))
+    return total
+
+
+def _product(words: Tensor, weights: Tensor) -> int:
+    return int(torch.dot(words, weights) if words.device.type == "cpu" else (words * weights).sum())
 
 
 @lru_cache(maxsize=8)
 def _weights(device: torch.device) -> Tensor:
     draw = torch.Generator().manual_seed(20)
-    return (torch.randint(-(2**62), 2**62, (LANES,), generator=draw, dtype=torch.int64) * 2 + 1).to(device)
+    return (torch.randint(-(2**62), 2**62, (32 * LANES,), generator=draw, dtype=torch.int64) * 2 + 1).to(device)
 
 
 def _wrapped(number: int) -> int:

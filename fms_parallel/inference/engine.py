@@ -24,8 +24,9 @@ from fms_parallel.inference.by_hand import ByHand
 from fms_parallel.inference.commands import Command, Inbox
 from fms_parallel.inference.draft import DraftModel
 from fms_parallel.inference.handle import Completion, Event, Handle
-from fms_parallel.inference.intake import Intake, Prompt, Read
+from fms_parallel.inference.intake import Intake, Prompt, Read, read_errors, several_of
 from fms_parallel.inference.kv_manager import KVCacheManager
+from fms_parallel.inference.local import connect
 from fms_parallel.inference.report import Counts, MemoryReport, memory_report
 from fms_parallel.inference.row import Row
 from fms_parallel.inference.runner import EvalMode
@@ -40,7 +41,6 @@ from fms_parallel.inference.setup import (
     prepared,
     vocabulary_of,
 )
-from fms_parallel.inference.sockets import connect
 from fms_parallel.inference.speculative import PromptLookup
 from fms_parallel.inference.worker import Worker
 from fms_parallel.layout import ParallelLayout
@@ -67,7 +67,8 @@ class InferenceEngine(ByHand):
             copy of them (`memory_report`), and seconds to find out; "compiled": also by kernels for their very shapes,
             see `prepare_for_decode`. Weights must not change meanwhile.
         local_sockets: ranks of tp that compute on one host's CPU talk through its sockets, if a self-test finds that
-            right and faster (None); False: never; True: it is an error where there is no such tp.
+            right and faster (None); False: never; True: it is an error where there is no such tp; "shared_memory": as
+            True, and sums of any size go through memory that the ranks share, if a self-test finds that right.
         speculative: propose tokens: a `PromptLookup` or a `DraftModel`.
         static_batches: fill a batch only when the one before it has ended altogether (for comparison).
         use_kv_cache, use_kv_manager: older words for cache="internal" and cache="manager".
@@ -93,7 +94,7 @@ class InferenceEngine(ByHand):
         max_step_tokens: int = 512,
         groups: int | None = None,
         fast_weights: bool | str = False,
-        local_sockets: bool | None = None,
+        local_sockets: bool | str | None = None,
         speculative: PromptLookup | DraftModel | None = None,
         static_batches: bool = False,
         use_kv_cache: bool = False,
@@ -209,8 +210,8 @@ class InferenceEngine(ByHand):
         Raises:
             ConfigError: an impossible request, before anything is computed. FmsError: a row failed.
         """
-        several = [prompts] if isinstance(prompts, str) else list(prompts)
-        raises = options.pop("errors", "raise") != "return"
+        several = [prompts] if isinstance(prompts, str) else several_of(prompts)
+        raises = read_errors(options.pop("errors", "raise"))
         read = [self.intake.try_read(row, several, options) for row in range(len(several))]
         # What is refused is refused everywhere, but a stage tells its own sizes.
         same = ["refused" if isinstance(one, FmsError) else str(one) for one in read]
@@ -356,8 +357,7 @@ class InferenceEngine(ByHand):
         if self.proposer is not None:
             self.proposer.end(row)
         if self._rows.pop(row.number, None) is not None:
-            new = len(row.tokens) - len(row.prompt)
-            self._totals.update({f"{row.finish}": 1, "prompt": len(row.prompt), "new": new})
+            self._totals.update({f"{row.finish}": 1, "prompt": len(row.prompt), "new": len(row.new)})
 
     def _close(self) -> None:
         with self._lock:

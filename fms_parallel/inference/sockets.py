@@ -3,22 +3,18 @@
 Over gloo an all-reduce of one token's activations costs hundreds of microseconds of CPU, most of it in waking threads;
 a decode step has two for each layer. Here each rank writes its numbers to every other's socket and reads theirs: two
 system calls for each peer, no thread, no spinning, no assumption about the order in which a processor's writes are
-seen. All ranks add in rank order, so all have the same bits. What is too large for a socket's buffer stays with gloo.
+seen. All ranks add in rank order, so all have the same bits. What is too large for a socket's buffer stays with gloo,
+or where that is asked for goes through memory that the ranks share (shared.py).
 
-It knows tensors and one group of ranks. `connect` gives it only where a self-test has found it right and faster.
+It knows tensors and one group of ranks. `local.connect` gives it only where a self-test has found it right and faster.
 """
 
 from __future__ import annotations
 
-import shutil
 import socket
 import struct
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,16 +22,11 @@ from torch import Tensor, nn
 
 from fms_parallel import compat
 from fms_parallel.distributed.collectives import MEANS, Axis, Means
-from fms_parallel.errors import ConfigError, RankFailed
-from fms_parallel.log import get_logger
+from fms_parallel.errors import RankFailed
 from fms_parallel.modules.tp import TPModule
-
-log = get_logger(__name__)
 
 MOST_BYTES = 32 << 10
 """Of one message: both sides write before they read, so it must fit a socket's buffer."""
-TEST_SIZES = (1, 7, 768, 4096)
-TEST_ROUNDS = 10
 
 
 class Sockets:
@@ -43,7 +34,12 @@ class Sockets:
 
     Args:
         axis: the ranks. peers: rank -> the socket to it.
+    Attributes:
+        most_bytes: of a tensor that does not stay with the backend. usual: numbers of a sum that there is much of.
     """
+
+    most_bytes = MOST_BYTES
+    usual = 1 << 10
 
     def __init__(self, axis: Axis, peers: dict[int, socket.socket]) -> None:
         self.axis, self.peers = axis, peers
@@ -66,7 +62,7 @@ class Sockets:
 
     def all_reduce(self, x: Tensor, group: dist.ProcessGroup) -> None:
         """Sum a contiguous `x` over the ranks, in place."""
-        if not _fits(x):
+        if not self._fits(x):
             self._means.all_reduce(x, group)
             return
         terms = self._traded(x)
@@ -77,21 +73,21 @@ class Sockets:
 
     def all_gather(self, out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
         """Every rank's `x` `[n, ...]` into `out` `[size * n, ...]`."""
-        if not _fits(x):
+        if not self._fits(x):
             self._means.all_gather(out, x, group)
             return
         torch.cat(self._traded(x), out=out)
 
     def start_all_gather(self, out: Tensor, x: Tensor, group: dist.ProcessGroup) -> Callable[[], object]:
         """`all_gather` that is waited for elsewhere; what is small is there at once."""
-        if not _fits(x):
+        if not self._fits(x):
             return self._means.start_all_gather(out, x, group)
         torch.cat(self._traded(x), out=out)
         return lambda: None
 
     def reduce_scatter(self, out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
         """`x` `[size * n, ...]` summed over the ranks, this rank's `[n, ...]` into `out`."""
-        if not _fits(x):
+        if not self._fits(x):
             self._means.reduce_scatter(out, x, group)
             return
         rows = slice(self.axis.rank * out.shape[0], (self.axis.rank + 1) * out.shape[0])
@@ -99,7 +95,7 @@ class Sockets:
 
     def first(self, x: Tensor) -> None:
         """What the first of the ranks has, in place."""
-        if not _fits(x):
+        if not self._fits(x):
             dist.broadcast(x, group=self.axis.group, group_src=0)
             return
         view = _bytes(x)
@@ -117,6 +113,9 @@ class Sockets:
         for peer in self.peers.values():
             peer.close()
         self.peers = {}
+
+    def _fits(self, x: Tensor) -> bool:
+        return x.is_cpu and x.nbytes <= self.most_bytes
 
     def _traded(self, x: Tensor) -> list[Tensor]:
         """Every rank's `x`, in rank order."""
@@ -158,10 +157,6 @@ def _sum(terms: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _fits(x: Tensor) -> bool:
-    return x.is_cpu and x.numel() * x.element_size() <= MOST_BYTES
-
-
 def _bytes(x: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the host, of any dtype."""
     return memoryview(x.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
@@ -169,106 +164,3 @@ def _bytes(x: Tensor) -> memoryview:
 
 def _failed(peer: int, why: object) -> RankFailed:
     return RankFailed(f"tp rank {peer} of this host has died or hangs ({why}). See its own output.")
-
-
-# ---- making them ------------------------------------------------------------------------------------------------
-
-
-def connect(model: nn.Module, wanted: bool | None) -> Sockets | None:
-    """Sockets between the ranks of tp; None on all of them where they share no host, or gain nothing. Collective.
-
-    Args:
-        wanted: None: where they can be. True: it is an error where they cannot. False: not.
-    Raises:
-        ConfigError: they are wanted for a model that is not cut by tp, or not on the host.
-    """
-    axis = next((module.axis for module in model.modules() if isinstance(module, TPModule)), None)
-    if axis is None or axis.size == 1 or axis.backend != "gloo" or axis.own_means is not None:
-        if wanted:
-            raise ConfigError("local_sockets=True: only ranks of tp that compute on the CPU have them; leave it out.")
-        return None
-    if wanted is False:
-        return None
-    folder = Path(tempfile.mkdtemp(prefix="ranks"))
-    try:
-        peers = _connected(axis, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    if not _all_agree(peers is not None, axis):
-        log.info("the ranks of tp are not on one host: they talk over %s", axis.backend)
-        return None
-    assert peers is not None
-    found = Sockets(axis, peers)
-    if _all_agree(_right(found), axis) and _all_agree(_faster(found), axis):
-        return found.attach(model)
-    found.close()
-    return None
-
-
-def _connected(axis: Axis, folder: Path) -> dict[int, socket.socket] | None:
-    """Rank -> socket; None where somebody cannot be reached."""
-    with socket.socket(socket.AF_UNIX) as door:
-        door.settimeout(10.0)
-        try:
-            door.bind(str(folder / "door"))
-            door.listen(axis.size)
-            name: str | None = str(folder / "door")
-        except OSError:
-            name = None
-        names: list[Any] = [None] * axis.size
-        dist.all_gather_object(names, name, group=axis.group)
-        peers: dict[int, socket.socket] = {}
-        try:
-            for rank in range(axis.rank):
-                peers[rank] = socket.socket(socket.AF_UNIX)
-                peers[rank].settimeout(10.0)
-                peers[rank].connect(names[rank] or "")
-                peers[rank].sendall(bytes([axis.rank]))
-            for _ in range(axis.rank + 1, axis.size):
-                caller, _ = door.accept()
-                peers[caller.recv(1)[0]] = caller
-        except OSError:
-            for peer in peers.values():
-                peer.close()
-            return None
-        return peers
-
-
-def _all_agree(mine: bool, axis: Axis) -> bool:
-    word = torch.tensor([int(mine)])
-    dist.all_reduce(word, op=dist.ReduceOp.MIN, group=axis.group)
-    return bool(word.item())
-
-
-def _right(sockets: Sockets) -> bool:
-    """Whether sums are those of the backend."""
-    axis, right = sockets.axis, True
-    generator = torch.Generator().manual_seed(axis.rank)
-    for dtype in (torch.float32, torch.bfloat16):
-        for size in TEST_SIZES:
-            x = torch.randn(size, generator=generator).to(dtype)
-            wanted, mine = x.clone(), x.clone()
-            dist.all_reduce(wanted, group=axis.group)
-            sockets.all_reduce(mine, axis.group)
-            close = 0.0 if axis.size == 2 else 4 * torch.finfo(dtype).eps * axis.size  # another order of summing
-            right &= bool(torch.allclose(mine, wanted, rtol=close, atol=close))
-    return right
-
-
-def _faster(sockets: Sockets) -> bool:
-    """Whether a token's activations are summed in less time."""
-    x, group = torch.zeros(1024), sockets.axis.group
-    mine = _seconds(lambda: sockets.all_reduce(x, group))
-    theirs = _seconds(lambda: dist.all_reduce(x, group=group))
-    log.debug("an all-reduce of 4 KiB: %.0f us through sockets, %.0f us over the backend", mine * 1e6, theirs * 1e6)
-    return mine < theirs
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    """Of the quickest of some calls."""
-    best = float("inf")
-    for _ in range(TEST_ROUNDS):
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best

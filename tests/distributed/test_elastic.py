@@ -80,6 +80,8 @@ def work(membership: Membership, folder: str, case: dict[str, Any]) -> None:
 
     if "between" in fate:
         _die_between_sum_and_update(fate, folder, uid)
+    if "moving" in fate:
+        _die_in_a_move(fate, folder, uid)
     options = TrainOptions.of(**(RUN | case.get("options", {})))
     cluster = Cluster.parse(case["cluster"], load_devices()) if "cluster" in case else None
     adapt = None
@@ -95,6 +97,7 @@ def work(membership: Membership, folder: str, case: dict[str, Any]) -> None:
             buddy_every=case.get("buddy_every"),
             cluster=cluster,
             adapt=adapt,
+            relayout={"shared_memory": True, "round_bytes": 1 << 14} if case.get("tour") else None,
             on_step=on_step,
             on_recovery=on_recovery,
         )
@@ -134,6 +137,22 @@ def _die_between_sum_and_update(fate: dict[str, Any], folder: str, uid: str) -> 
             trainer.optimizer.register_step_pre_hook(kill)
 
     ElasticTrainer._commit_in_two_phases = patched  # type: ignore[method-assign]
+
+
+def _die_in_a_move(fate: dict[str, Any], folder: str, uid: str) -> None:
+    """Die while pieces go through shared memory, when some are there and others are not."""
+    from fms_parallel.distributed.trade import Trade
+
+    fill, filled = Trade._fill, [0]
+
+    def patched(trade: Trade, peer: int) -> None:
+        filled[0] += 1
+        if filled[0] == fate["moving"]:
+            tell(folder, "died", uid, time.time())
+            die(fate["by"])
+        fill(trade, peer)
+
+    Trade._fill = patched  # type: ignore[method-assign]
 
 
 class Members:
@@ -247,6 +266,24 @@ CASES: dict[str, dict[str, Any]] = {
         "cluster": "cpu:4",
         "tour": True,
     },
+    "killed in a move": {
+        "layout": "dp=2,fsdp=2",
+        "fates": {"1": {"moving": 5, "by": "SIGKILL"}},
+        "goes_on": (4, 0),
+        "source": "survivors",
+        "cluster": "cpu:4",
+        "tour": True,
+    },
+    "frozen in a move": {
+        "layout": "dp=2,fsdp=2",
+        "rare": True,
+        "fates": {"2": {"moving": 5, "by": "SIGSTOP"}},
+        "goes_on": (4, 0),
+        "source": "survivors",
+        "cluster": "cpu:4",
+        "tour": True,
+        "silence": 2.0,
+    },
     "frozen": {
         "layout": "dp=3",
         "fates": {"1": {"after": 4, "by": "SIGSTOP"}},
@@ -271,7 +308,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if case.get("rare") else name for name, case in CASES.items()]
+)
 def test_a_lost_rank_costs_no_committed_step_and_changes_no_loss(
     name: str, tmp_path: Path, losses: list[float]
 ) -> None:

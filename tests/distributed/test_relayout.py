@@ -20,11 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fms_parallel.checkpoint.agree import from_every_rank
+from fms_parallel.distributed import shared_memory
 from fms_parallel.distributed.launch import run_ranks
+from fms_parallel.distributed.trade import Trade
 from fms_parallel.dynamic.inventory import Inventory
 from fms_parallel.dynamic.meshes import MeshCache
 from fms_parallel.dynamic.predict import predict_tables
-from fms_parallel.dynamic.relayout import Relayout
+from fms_parallel.dynamic.relayout import Relayout, resolved
 from fms_parallel.dynamic.schedule import LayoutSchedule
 from fms_parallel.dynamic.state import TrainingState
 from fms_parallel.errors import LayoutError
@@ -79,15 +81,40 @@ def same(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]]) -> bool:
 
 
 class Watched(Relayout):
-    """Compares everything that the ranks hold before and after each change."""
+    """Compares everything that the ranks hold before and after each change: over gloo, through shared memory, and at
+    every second change with rank 3 over gloo and the others through memory.
+    """
 
     def __call__(self, state: TrainingState, layout: str | ParallelLayout) -> TrainingState:
-        before = whole(state.inventory())
+        before, goal = whole(state.inventory()), resolved(layout, state.layout)
+        self.shared_memory = False
+        over_gloo = self.rebuild(state.inventory(), state.luggage(), goal, torch.device("cpu"))
+        assert same(before, whole(over_gloo.inventory())), f"{state.layout} -> {goal} over gloo"
+        self.shared_memory, trades = True, len(TRADES)
+        alone = len(CHECKED) % 2 == 1 and dist.get_rank() == 3
+        free, shared_memory.free_bytes = shared_memory.free_bytes, (lambda: 0) if alone else shared_memory.free_bytes
+        self.trades.close()
         new = super().__call__(state, layout)
+        shared_memory.free_bytes = free
         assert same(before, whole(new.inventory())), f"{state.layout} -> {new.layout}"
         assert self.last is not None and self.last.moved == self.last.lower_bound
+        assert len(TRADES) == trades + (0 if alone else self.last.rounds)
         CHECKED.append(self.last)
         return new
+
+
+TRADES: list[Trade] = []
+
+
+def counted() -> None:
+    """`TRADES` has one entry for each round that goes through shared memory."""
+    honest = Trade.__call__
+
+    def counting(trade: Trade, *given: Any) -> None:
+        TRADES.append(trade)
+        honest(trade, *given)
+
+    Trade.__call__ = counting  # type: ignore[method-assign]
 
 
 CHECKED: list[Any] = []
@@ -98,11 +125,13 @@ def chain(layouts: dict[int, str] | None) -> tuple[list[float], list[Any], dict[
     import fms_parallel.dynamic.schedule as schedule
 
     schedule.Relayout = Watched  # type: ignore[misc]
+    counted()
     told: list[float] = []
     hook = LayoutSchedule(layouts or {}, build, round_bytes=1 << 14) if layouts else None
     with poisoned_memory():
         model = build("fsdp=4,precision=fp64" if layouts else ParallelLayout(precision="fp64"))
         train(model, rows(), on_step=lambda n: told.append(n["loss"]), between_steps=hook, **RUN)
+    assert not layouts or len(TRADES) > len(layouts)
     return told, [(r.before, r.after, r.moved, r.lower_bound) for r in CHECKED], hook.refused if hook else {}
 
 
@@ -207,6 +236,8 @@ def refusals() -> dict[str, str]:
     told["groups"] = job.refused("tp=2")
     job.relayout.optimizer_factory = made
     told["corrupted"] = corrupted(job)
+    job.relayout.shared_memory = True
+    told["corrupted in memory"] = corrupted(job)
     job.step()
     job.state = job.relayout(job.state, "tp=2")
     job.backward()
@@ -275,6 +306,7 @@ MESSAGES = {
     "optimizer": "builds SGD, but the state is of AdamW",
     "groups": "group the parameters by name",
     "corrupted": "arrived changed: the old layout goes on",
+    "corrupted in memory": "arrived changed: the old layout goes on",
 }
 
 
@@ -305,12 +337,13 @@ def small(layout: ParallelLayout | str, **how: Any) -> nn.Module:
 
 def many(switches: int) -> tuple[tuple[int, int, int], tuple[int, int, int], bool]:
     job = Job(build=small)
-    job.relayout.meshes = MeshCache(limit=2)
+    job.relayout.meshes, job.relayout.shared_memory = MeshCache(limit=2), True
     layouts = ["tp=2", "dp=2", "pp=2", "fsdp=2"]
     for layout in layouts * 2:
         job.state = job.relayout(job.state, layout)
     start, before = whole(job.state.inventory()), resources()
     for index in range(switches):
+        job.relayout.shared_memory = index % 8 < 4
         job.state = job.relayout(job.state, layouts[index % 4])
     after = resources()
     return before, after, same(start, whole(job.state.inventory()))
@@ -356,17 +389,22 @@ def peak(layouts: list[str], round_bytes: int) -> list[tuple[str, int, int]]:
     job = Job(layouts[0], build=partial(quiet, sizes={"width": 96, "ffn_width": 256, "vocab_size": 512}))
     job.relayout.round_bytes = round_bytes
     found = []
-    for layout in layouts[1:]:
+    for index, layout in enumerate(layouts[1:]):
         before = job.state.layout
+        job.relayout.shared_memory = bool(index % 2)
+        if not index % 2:
+            job.relayout.trades.close()
         gc.collect()
         with Allocated() as allocated:
             job.state = job.relayout(job.state, layout)
-        found.append((f"{before} -> {layout}", allocated.most, job.state.inventory().nbytes))
+        assert job.relayout.trades.nbytes == (round_bytes // 4 if index % 2 else 0)
+        most = allocated.most + job.relayout.trades.nbytes
+        found.append((f"{before} -> {layout}", most, job.state.inventory().nbytes))
     return found
 
 
 def test_a_change_takes_the_new_shard_and_at_most_one_and_a_half_rounds() -> None:
     round_bytes = 1 << 20
-    for found in run_ranks(peak, 2, ["fsdp=2", "tp=2", "fsdp=2", "pp=2", "dp=2", "tp=2"], round_bytes):
+    for found in run_ranks(peak, 2, ["fsdp=2", "tp=2", "fsdp=2", "pp=2", "dp=2", "tp=2", "pp=2"], round_bytes):
         for change, most, shard in found:
             assert shard <= most <= shard + 1.5 * round_bytes, (change, most, shard)

@@ -1,14 +1,12 @@
-"""Sums through sockets: those of gloo, the same bits on every rank, and an error when a rank is gone."""
+"""Sums through sockets and shared memory: those of gloo, the same bits on every rank, an error when a rank is gone."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -17,28 +15,27 @@ from fms_parallel.distributed.collectives import Axis
 from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.errors import ConfigError, RankFailed
 from fms_parallel.inference import InferenceEngine
-from fms_parallel.inference.sockets import MOST_BYTES, Sockets, _connected, _right
+from fms_parallel.inference.local import _connected, _right, _sharing
+from fms_parallel.inference.shared import SEGMENT
+from fms_parallel.inference.sockets import MOST_BYTES, Sockets
 from tests.inference.models import PROMPTS, tiny_llama
 
 CASES = [
     *((torch.float32, (5,)), (torch.float64, (3, 7)), (torch.bfloat16, (1, 768)), (torch.int64, (6,))),
-    *((torch.float32, (0, 4)), (torch.float32, (MOST_BYTES,))),
+    *((torch.float32, (0, 4)), (torch.float32, (MOST_BYTES,)), (torch.float32, (SEGMENT // 8 + 3,))),
 ]
-"""Dtypes and shapes; the last is too large for a socket."""
+"""Dtypes and shapes; the last but one is too large for a socket, the last for a slot of shared memory."""
 
 
-def sockets_of_world() -> Sockets:
+def three_ranks() -> list[dict[str, Any]]:
     group: Any = dist.group.WORLD
-    folder = Path(tempfile.mkdtemp())
     axis = Axis(group, dist.get_world_size(), dist.get_rank(), "gloo")
-    peers = _connected(axis, folder)
-    shutil.rmtree(folder)
-    assert peers is not None
-    return Sockets(axis, peers)
+    ways = [_connected(axis), _sharing(axis)]
+    return [sums(way) for way in ways if way is not None]
 
 
-def three_ranks() -> dict[str, Any]:
-    sockets, rank = sockets_of_world(), dist.get_rank()
+def sums(sockets: Sockets) -> dict[str, Any]:
+    rank = dist.get_rank()
     group, close, summed = sockets.axis.group, [], []
     for dtype, shape in CASES:
         x = (torch.randn(shape, generator=torch.Generator().manual_seed(rank)) * 8).to(dtype)
@@ -79,9 +76,10 @@ def failure(sockets: Sockets) -> str:
 def two_ranks() -> dict[str, Any]:
     model = tiny_llama(2, "tp=2").double()
     found: dict[str, Any] = {}
-    for wanted in (True, False):
+    for wanted in (True, False, "shared_memory"):
         with InferenceEngine(model, max_seq_len=40, local_sockets=wanted) as engine:
             found[str(wanted)] = [one.tokens for one in engine.generate(PROMPTS, max_new_tokens=6)]
+            found[f"{wanted} is"] = type(engine.ranks.sockets).__name__
     found["restored"] = all(m.axis.own_means is None for m in model.modules() if hasattr(m, "axis"))
     group: Any = model.get_submodule("head").axis.group  # type: ignore[union-attr]
     compat.set_group_timeout(group, timedelta(seconds=1.2))
@@ -100,15 +98,18 @@ def two_ranks() -> dict[str, Any]:
     return found
 
 
-def test_sums_are_those_of_gloo_and_the_same_on_three_ranks() -> None:
-    every = run_ranks(three_ranks, 3)
-    for found in every:
-        assert all(found["close"])
-        assert found["right"]
-        assert found["summed"] == every[0]["summed"]
-        assert found["first"] == [10, 3]
-    for found in every[:2]:
-        assert found["gone"].startswith("True tp rank 2 of this host has died or hangs (it closed the connection)")
+def test_sums_are_those_of_gloo_and_the_same_on_three_ranks_through_sockets_and_memory() -> None:
+    told = run_ranks(three_ranks, 3)
+    assert [len(ways) for ways in told] == [2, 2, 2]
+    for every in zip(*told, strict=True):
+        for found in every:
+            assert all(found["close"])
+            assert found["right"]
+            assert found["summed"] == every[0]["summed"]
+            assert found["first"] == [10, 3]
+        for found in every[:2]:
+            assert found["gone"].startswith("True tp rank 2 of this host has died or hangs (it closed the connection)")
+    assert told[0][0]["summed"][:-2] == told[0][1]["summed"][:-2]  # through sockets the last two are gloo's
 
 
 def test_an_engine_talks_through_them_and_leaves_the_model_as_it_was() -> None:
@@ -116,16 +117,20 @@ def test_an_engine_talks_through_them_and_leaves_the_model_as_it_was() -> None:
     with InferenceEngine(tiny_llama(2).double(), max_seq_len=40) as engine:
         wanted = [one.tokens for one in engine.generate(PROMPTS, max_new_tokens=6)]
     for found in every:
-        assert found["True"] == found["False"] == wanted
+        assert found["True"] == found["False"] == found["shared_memory"] == wanted
+        assert (found["True is"], found["shared_memory is"]) == ("Sockets", "SharedSums")
+        assert found["False is"] == "NoneType"
         assert found["restored"]
         assert found["used"]
     assert every[0]["silent"].startswith("tp rank 1 of this host has died or hangs")
 
 
-def test_one_process_has_nobody_to_talk_to() -> None:
-    try:
-        InferenceEngine(tiny_llama(2), local_sockets=True)
-    except ConfigError as error:
-        assert "only ranks of tp" in str(error)
-    else:
-        raise AssertionError("not refused")
+@pytest.mark.parametrize("wanted", [True, "shared_memory"])
+def test_one_process_has_nobody_to_talk_to(wanted: bool | str) -> None:
+    with pytest.raises(ConfigError, match=f"local_sockets={wanted!r}: only ranks of tp"):
+        InferenceEngine(tiny_llama(2), local_sockets=wanted)
+
+
+def test_an_unknown_way_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"unknown word of local_sockets 'shared'.*Known: shared_memory"):
+        InferenceEngine(tiny_llama(2), local_sockets="shared")
