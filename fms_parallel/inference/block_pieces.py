@@ -26,6 +26,7 @@ from fms_parallel.distributed.boxes import local_tensor
 from fms_parallel.distributed.collectives import Means, all_reduce
 from fms_parallel.errors import ConfigError
 from fms_parallel.inference.compiled import Operands, products
+from fms_parallel.inference.graphs import Function, Graphs
 from fms_parallel.modules.linear import Multiplies, Product
 from fms_parallel.modules.sequences import RaggedStore, Sequences
 from fms_parallel.modules.tp import TPModule
@@ -138,12 +139,17 @@ def _product(operands: Operands, tensors: Sequence[Tensor]) -> Product:
 
 
 class Pieces:
-    """Compiled pieces made so far: blocks of one shape share them."""
+    """Compiled pieces made so far: blocks of one shape share them.
 
-    def __init__(self) -> None:
-        self._made: dict[Any, Callable[..., Any]] = {}
+    Args:
+        graphs: what launches the kernels of a piece at once, on a GPU (None: wherever there is one).
+    """
 
-    def of(self, graph: GraphModule, given: Sequence[Tensor]) -> Callable[..., Any]:
+    def __init__(self, graphs: Graphs | None = None) -> None:
+        self._made: dict[Any, Function] = {}
+        self._graphs, self._always = graphs or Graphs(), graphs is not None
+
+    def of(self, graph: GraphModule, given: Sequence[Tensor]) -> Function:
         """The piece that computes `graph` for tensors like these. Raises ConfigError: the compiler cannot."""
         key = (graph.code, *((t.dtype, t.device, t.shape, t.stride()) for t in given))
         if key not in self._made:
@@ -154,17 +160,21 @@ class Pieces:
                 raise ConfigError(f"cannot be compiled: {type(error).__name__}: {said[0]}") from error
         return self._made[key]
 
+    def launched(self, piece: Function, given: Sequence[Tensor], held: Sequence[Tensor]) -> Function:
+        """A piece for a block that brings `held` to every call."""
+        return self._graphs.of(piece, given, held) if self._always or given[0].is_cuda else piece
+
 
 class _Piece:
-    """A part of a traced block: compiled for what it is first given."""
+    """A part of a traced block: compiled for what it is first given. `held`: what the block brings to every call."""
 
-    def __init__(self, graph: GraphModule, pieces: Pieces) -> None:
-        self._graph, self._pieces = graph, pieces
-        self._made: Callable[..., Any] | None = None
+    def __init__(self, graph: GraphModule, pieces: Pieces, held: Sequence[Tensor]) -> None:
+        self._graph, self._pieces, self._held = graph, pieces, held
+        self._made: Function | None = None
 
     def __call__(self, *given: Tensor) -> Any:
         if self._made is None:
-            self._made = self._pieces.of(self._graph, given)
+            self._made = self._pieces.launched(self._pieces.of(self._graph, given), given, self._held)
         return self._made(*given)
 
 
@@ -214,7 +224,7 @@ class CompiledBlock:
         for name, child in list(split.named_children()):
             if not any(getattr(node.target, "is_call", False) for node in child.graph.nodes):  # type: ignore[union-attr]
                 delattr(split, name)
-                split.__dict__[name] = _Piece(child, pieces)  # type: ignore[arg-type]
+                split.__dict__[name] = _Piece(child, pieces, self._constants)  # type: ignore[arg-type]
         return split
 
     def _called(self, call: int, *tensors: Tensor) -> Tensor:

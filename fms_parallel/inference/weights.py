@@ -108,7 +108,8 @@ def prepare_for_decode(model: nn.Module, rows: int = 1, compiled: bool = False) 
         compiled: also make kernels for the shapes at hand with torch's compiler, for up to `compiled.MOST_ROWS` rows:
             they read the parameters themselves, without a copy, and nearly as fast as memory gives. It takes seconds
             for each shape (less the second time), and a C++ compiler. Blocks that can be are compiled whole
-            (`inference/blocks.py`) for one row and for `rows` up to as many; hooks of their modules are not called then.
+            (`inference/blocks.py`), on a GPU as CUDA graphs, for one row and for `rows` up to as many: hooks of their
+            modules are not called then.
     Raises:
         ConfigError: compiled without a compiler; a model without such matrices, one with adapters, sharded by FSDP, on
             the meta device, or prepared already.
