@@ -1,10 +1,13 @@
 """A rank that becomes three times slower, and what the manager does about it.
 
     python benchmarks/straggler.py                      four stages, then a control run with noise alone; eight minutes
+    python benchmarks/straggler.py --ranks 2 --work 6 --factor 4 --policy rules --layouts tp=2,sp pp=2,microbatches=8
+                                            two ranks of tp, of which one gets slow: a pipeline is the way out
 
 A block's work is a sleep, forward and backward, so that figures depend little on the cores of this machine: `--work` ms
-on every rank and `--factor` times that on one rank from step 21 to 60. Told are the step in which it was found, the
-changes of layout, step times before, while and after, and how far the losses are from those of a run in one process.
+for two rows on every rank and `--factor` times that on one rank from step 21 to 60. Told are the step in which it was
+found, the changes of layout, step times before, while and after, and how far the losses are from those of a run in one
+process.
 """
 
 from __future__ import annotations
@@ -47,24 +50,26 @@ BEGINS, ENDS, STEPS = 20, 60, 84
 class Work:
     """How long a block works on this rank, now."""
 
-    def __init__(self, seconds: float, noise: float) -> None:
-        self.seconds, self.noise, self.factor = seconds, noise, 1.0
+    def __init__(self, seconds: float, noise: float, numbers: int | None = None) -> None:
+        """Seconds for activations of so many numbers; None: for any."""
+        self.seconds, self.noise, self.factor, self.numbers = seconds, noise, 1.0, numbers
         self.draws = Random(dist.get_rank() if dist.is_initialized() else 0)
 
-    def do(self) -> None:
-        time.sleep(self.seconds * self.factor * self.draws.lognormvariate(0.0, self.noise))
+    def do(self, x: Tensor) -> None:
+        share = x.numel() / self.numbers if self.numbers else 1.0
+        time.sleep(share * self.seconds * self.factor * self.draws.lognormvariate(0.0, self.noise))
 
 
 class Working(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, work: Work) -> Tensor:
         ctx.work = work
-        work.do()
+        work.do(x)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        ctx.work.do()
+        ctx.work.do(gradients[0])
         return gradients[0], None
 
 
@@ -79,7 +84,8 @@ def working(model: nn.Module, work: Work) -> nn.Module:
 def run(args: argparse.Namespace, folder: str, steps: int, slow: bool) -> tuple[list[float], list[float]]:
     """Losses and step seconds of one managed run."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    work = Work(args.work / 1e3 if ranks > 1 else 0.0, args.noise)
+    two_rows = 2 * SIZES["max_positions"] * SIZES["width"]
+    work = Work(args.work / 1e3 if ranks > 1 else 0.0, args.noise, two_rows)
 
     def build(layout: ParallelLayout, **how: Any) -> nn.Module:
         model = get_model("llama", "micro", distributed_strategy=layout, layers=args.layers, **SIZES, **how)
@@ -92,7 +98,7 @@ def run(args: argparse.Namespace, folder: str, steps: int, slow: bool) -> tuple[
         RandomRows(8, 97, 4096),
         batch_size=16,
         enable_dynamic_adaptation=ranks > 1,
-        layouts=[f"pp={ranks},microbatches=8"] if ranks > 1 else None,
+        layouts=(args.layouts or [f"pp={ranks},microbatches=8"]) if ranks > 1 else None,
         precision="fp64",
         steps=steps,
         policy=args.policy,
@@ -125,7 +131,10 @@ def tell(events: list[dict[str, Any]], seconds: list[float]) -> None:
             )
     found = next(event["step"] for event in events if event["kind"] == "straggler")
     print(f"  found {found - BEGINS} steps after it began")
-    split = next(event["step"] for event in changes if event["step"] > BEGINS)
+    split = next((event["step"] for event in changes if event["step"] > BEGINS), None)
+    if split is None:
+        print("  no change of layout")
+        return
     before, hurt = median(seconds[4:BEGINS]), median(seconds[BEGINS + 1 : split])
     mended = median(seconds[split + 2 : ENDS])
     after = median(seconds[max(event["step"] for event in changes) + 2 :])
@@ -137,6 +146,7 @@ def tell(events: list[dict[str, Any]], seconds: list[float]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--layouts", nargs="+", help="that there are to choose from (default: pp of all ranks)")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument(
         "--work", type=float, default=30.0, help="milliseconds of a block, each way (default: %(default)s)"
@@ -152,7 +162,7 @@ def main() -> int:
     losses, seconds = run_ranks(run, args.ranks, args, args.output, STEPS, True, timeout=900)[0]
     events = read_history(f"{args.output}/history.jsonl")
     words = f"rank {args.slow_rank} is {args.factor:g} times slower from step {BEGINS} to {ENDS}"
-    print(f"{args.ranks} stages of {args.layers} blocks, {words}:")
+    print(f"{args.ranks} ranks, {args.layers} blocks, {words}:")
     tell(events, seconds)
     apart = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
     print(f"  largest difference of a loss from one process: {apart:.1e}")

@@ -37,6 +37,10 @@ def _check_tensor(layout: ParallelLayout, shape: ModelShape) -> None:
             f"tp={layout.tp} with {shape.kv_heads} kv heads: one must divide the other, because kv heads are split "
             f"or copied. {works}"
         )
+    if layout.tp_parts == "attention" and shape.experts > 1:
+        raise LayoutError(
+            f"tp_parts=attention with {shape.experts} experts: only a feed-forward without any is left whole; drop it."
+        )
     if layout.tp > shape.ffn_width:
         raise LayoutError(
             f"tp={layout.tp} with a feed-forward width of {shape.ffn_width}: a rank would hold nothing of it. {works}"

@@ -43,6 +43,7 @@ AXES = ("pp", "dp", "fsdp", "cp", "tp")
 CP_METHODS = ("ring", "allgather", "ulysses")
 PRECISIONS = ("fp32", "bf16", "fp64")
 OFFLOADS = ("none", "params", "optimizer_state", "optimizer_step")
+TP_PARTS = ("all", "attention")
 
 ALIASES = {"ddp": "dp"}
 NOT_YET = {"ep": "expert parallelism is a designed seam (see ARCHITECTURE.md); shard experts over tp instead"}
@@ -57,6 +58,8 @@ class ParallelLayout:
         tp: shards of every matrix. Each is a degree >= 1; one of them may be `REST` until `resolve` is called.
         sp: with tp, norms, residuals and dropout hold 1/tp of the tokens.
         loss_parallel: with tp, logits stay sharded over the vocabulary up to the loss.
+        tp_parts: which halves of a block tp cuts; with `attention` the feed-forward is whole on every rank, which puts
+            its own tokens (sp) through it.
         schedule: pipeline schedule; `file:PATH` is one of the user's own. microbatches: pieces that a step's batch is
             cut into (pipeline only); 1 means as many as there are stages. virtual_stages: stages per rank; interleaving
             and v-shaped schedules have at least two. stage_split: blocks of each stage.
@@ -76,6 +79,7 @@ class ParallelLayout:
     tp: int = 1
     sp: bool = False
     loss_parallel: bool = True
+    tp_parts: str = "all"
     schedule: str = "1f1b"
     microbatches: int = 1
     virtual_stages: int = 1
@@ -118,6 +122,11 @@ class ParallelLayout:
             raise LayoutError("sp with tp=1: sequence parallelism shards tokens over tp; write tp=N,sp with N >= 2.")
         if not self.loss_parallel and self.tp == 1:
             raise LayoutError("loss_parallel=off with tp=1: the vocabulary is cut over tp; add tp=N or drop it.")
+        if self.tp_parts != "all" and not self.sp:
+            raise LayoutError(
+                f"tp_parts={self.tp_parts} without sp: a feed-forward that is not cut takes a rank's own tokens; write "
+                f"tp=N,sp,tp_parts={self.tp_parts}, or drop it."
+            )
         if self.cp == 1 and self.cp_method != "ring":
             raise LayoutError(f"cp_method={self.cp_method} with cp=1: add cp=N or drop it.")
         if self.keep_gathered and (self.pp != 1 or (self.fsdp == 1 and not self.hsdp)):
@@ -303,6 +312,7 @@ class ParallelLayout:
         alone = axis == "tp" and rest == 1
         changes: dict[str, Any] = {axis: rest, "sp": self.sp and not alone}
         changes["loss_parallel"] = self.loss_parallel or alone
+        changes["tp_parts"] = "all" if alone else self.tp_parts
         return replace(self, **changes)
 
     def _rest_of(self, world_size: int, axis: str) -> int:
@@ -340,7 +350,7 @@ class ParallelLayout:
 # ---- helpers of this page ---------------------------------------------------------------------------------------
 
 _DEFAULTS = {f.name: f.default for f in fields(ParallelLayout)}
-_CHOICES = {"cp_method": CP_METHODS, "precision": PRECISIONS, "offload": OFFLOADS}
+_CHOICES = {"tp_parts": TP_PARTS, "cp_method": CP_METHODS, "precision": PRECISIONS, "offload": OFFLOADS}
 _FLAGS = ("sp", "loss_parallel", "hsdp")
 _HSDP_SETS_BOTH = "hsdp already sets dp and fsdp; drop it or drop them."
 

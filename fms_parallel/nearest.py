@@ -189,7 +189,7 @@ def _divisors(number: int) -> list[int]:
 def _without_idle_words(values: dict[str, Any]) -> dict[str, Any]:
     """What degrees make meaningless, left out."""
     if values["tp"] == 1:
-        values |= {"sp": False, "loss_parallel": True}
+        values |= {"sp": False, "loss_parallel": True, "tp_parts": "all"}
     if values["cp"] == 1:
         values["cp_method"] = "ring"
     if values["pp"] == 1:
@@ -215,6 +215,8 @@ def _other_words(values: Mapping[str, Any]) -> Iterator[Edit]:
         yield _word(1.0, recompute=name)
     if values["offload"] != "none":
         yield _word(1.0, offload="none")
+    if values["tp_parts"] != "all":
+        yield _word(1.0, tp_parts="all")
 
 
 def _other_pipeline(values: Mapping[str, Any]) -> Iterator[Edit]:
@@ -248,5 +250,7 @@ def _together(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterato
         single += [_word(0.9, **{axis: REST}) for axis in COST if values[axis] == 1]
     if values["pp"] > 1 and values["stage_split"] is not None:
         single.append(_word(1.1, pp=len(values["stage_split"])))
+    if values["tp_parts"] != "all" and not values["sp"]:
+        single.append(_word(0.9, sp=True))
     yield from single
     yield from (one.and_(other) for one, other in combinations(single, 2) if one.changes != other.changes)

@@ -22,6 +22,7 @@ from fms_parallel.layout import (
     RECOMPUTE,
     REST,
     SCHEDULES,
+    TP_PARTS,
     ParallelLayout,
 )
 from fms_parallel.schedules import least_stages_per_rank
@@ -57,6 +58,7 @@ def layouts(draw: st.DrawFn) -> ParallelLayout:
         "sp": degrees["tp"] != 1 and draw(st.booleans()),
         "hsdp": open_word == "hsdp",
     }
+    words["tp_parts"] = draw(st.sampled_from(TP_PARTS)) if words["sp"] else "all"
     if degrees["cp"] != 1:
         words["cp_method"] = draw(st.sampled_from(CP_METHODS))
     if degrees["pp"] != 1:
@@ -121,6 +123,7 @@ def test_a_resolved_layout_fits_exactly_its_own_world(layout: ParallelLayout) ->
         ("tp=2,loss_parallel=off", {"tp": 2, "loss_parallel": False}),
         ("tp=2,sp=on,loss_parallel=1", {"tp": 2, "sp": True}),
         ("tp=2,sp=false,loss_parallel=0", {"tp": 2, "loss_parallel": False}),
+        ("tp=2,sp,tp_parts=attention", {"tp": 2, "sp": True, "tp_parts": "attention"}),
         ("pp=2,schedule=zbv,microbatches=8", {"pp": 2, "schedule": "zbv", "microbatches": 8}),
         ("pp=2,stage_split=7, 9,tp=2", {"pp": 2, "stage_split": (7, 9), "tp": 2}),
         ("pp=2,virtual_stages=2", {"pp": 2, "virtual_stages": 2}),
@@ -275,6 +278,8 @@ def test_open_degrees_answer_nothing_before_they_are_resolved(text: str) -> None
         ("schedule=gpipe", "schedule=gpipe with pp=1"),
         ("virtual_stages=2", "virtual_stages=2 with pp=1"),
         ("fsdp=2,loss_parallel=off", "loss_parallel=off with tp=1"),
+        ("tp=2,tp_parts=attention", "tp_parts=attention without sp: .* write tp=N,sp,tp_parts=attention, or drop it"),
+        ("tp=2,sp,tp_parts=attn", "unknown tp_parts 'attn'. Did you mean 'attention'"),
         ("stage_split=3,3", "stage_split=3,3 with pp=1: it belongs to a pipeline"),
         ("cp_method=ulysses", "cp_method=ulysses with cp=1: add cp=N or drop it"),
         ("pp=2,stage_split=1,2,3", "stage_split=1,2,3: pp=2 with virtual_stages=1 needs 2 numbers"),

@@ -119,6 +119,7 @@ def test_a_model_that_cannot_be_cut_is_told_layouts_that_cut_it(
         ("stage_split=3,3", ["pp=2,stage_split=3,3", ""]),
         ("fsdp=2,loss_parallel=off", ["fsdp=2,tp=2,loss_parallel=off", "fsdp=2"]),
         ("cp_method=ulysses", ["cp=2,cp_method=ulysses", ""]),
+        ("tp=2,tp_parts=attention", ["tp=2,sp,tp_parts=attention", "tp=2"]),
         ("pp=2,stage_split=1,2,3", ["pp=2", "pp=3,stage_split=1,2,3"]),
         ("fsdp,tp", ["fsdp=2,tp", "fsdp,tp=2"]),
         ("tp,hsdp", ["tp=2,hsdp", "tp"]),

@@ -17,7 +17,7 @@ from torch import nn
 
 from fms_parallel.checkpoint.agree import from_every_rank, rank_and_world
 from fms_parallel.data.rows import RowDataset
-from fms_parallel.distributed.start import Launch, pick_device
+from fms_parallel.distributed.start import Launch, pick_device, require_group
 from fms_parallel.dynamic.adaptation import Adaptation
 from fms_parallel.dynamic.hardware import HardwareProfile, HardwareProfiler
 from fms_parallel.dynamic.history import History
@@ -211,6 +211,7 @@ def train(
     """
     if options is not None and values:
         raise ConfigError(f"give options or their fields, not both ({', '.join(values)}).")
+    require_group()
     chosen = options or TrainOptions.of(**values)
     factory = factory_of(model, device_type) if isinstance(model, nn.Module) else model
     if hardware is None:

@@ -24,6 +24,7 @@ from fms_parallel.checkpoint.agree import rank_and_world
 from fms_parallel.data.feed import Batch, Feed
 from fms_parallel.data.rows import RowDataset
 from fms_parallel.distributed.mesh import data_shard
+from fms_parallel.distributed.start import require_group
 from fms_parallel.dynamic.adaptation import Adaptation, Proposal
 from fms_parallel.dynamic.describe import SwitchCosts, describe
 from fms_parallel.dynamic.hardware import HardwareProfile, HardwareProfiler
@@ -129,6 +130,7 @@ class ParallelismManager:
         """
         if self._state is not None:
             raise ConfigError("initialize() was called already: one manager is one run.")
+        require_group()
         hardware = self._hardware or HardwareProfiler(self.device_type).profile()
         before = remembered(known, hardware)
         self._hardware = before or hardware

@@ -36,7 +36,7 @@ def predict_tables(model: nn.Module, layout: ParallelLayout) -> list[Table]:
         LayoutError: the model cannot be cut this way, or says not where tp cuts it.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
-    cuts = tensor_cuts(model, layout.tp) if layout.tp > 1 else {}
+    cuts = tensor_cuts(model, layout.tp, layout.tp_parts) if layout.tp > 1 else {}
     held = [_names_of(model, layout, rank) for rank in range(layout.pp)]
     trained = {name for name, _ in model.named_parameters()}
     tables: list[Table] = []
@@ -52,12 +52,12 @@ def predict_tables(model: nn.Module, layout: ParallelLayout) -> list[Table]:
     return tables
 
 
-def tensor_cuts(model: nn.Module, tp: int) -> Cuts:
-    """Where `tp` ranks cut each parameter, as the model's twins declare it."""
+def tensor_cuts(model: nn.Module, tp: int, parts: str = "all") -> Cuts:
+    """Where `tp` ranks cut each parameter, as the model's twins declare it. `parts`: `tp_parts` of the layout."""
     model = copy.deepcopy(model)
     found: dict[str, int | None] = {}
     for prefix, module in list(model.named_modules()):
-        twin: Any = twin_of(module)
+        twin: Any = twin_of(module, parts)
         if twin is None:
             continue
         names = own_parameters(module)

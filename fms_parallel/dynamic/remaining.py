@@ -71,7 +71,7 @@ def _with(asked: ParallelLayout, pp: int, dp: int, fsdp: int, cp: int, tp: int) 
     """The asked layout in other degrees, without the words that then mean nothing."""
     words: dict[str, object] = {} if pp == asked.pp else dict(PIPELINE)
     if tp == 1:
-        words |= {"sp": False, "loss_parallel": True}
+        words |= {"sp": False, "loss_parallel": True, "tp_parts": "all"}
     if cp == 1:
         words["cp_method"] = "ring"
     if fsdp == 1 or pp > 1:

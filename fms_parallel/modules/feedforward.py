@@ -2,7 +2,8 @@
 
     plain   down(act(up(x)))              gated   down(act(gate(x)) * up(x))   (GLU variants: arXiv 2002.05202)
 
-The twin cuts F: gate and up along their output, down along its input. F need not divide by tp.
+The twin cuts F: gate and up along their output, down along its input. F need not divide by tp. Where the layout says
+`tp_parts=attention`, another twin leaves it whole: each rank puts its own tokens through all of it, and sends nothing.
 """
 
 from __future__ import annotations
@@ -168,6 +169,29 @@ class TPFeedForward(TPModule, FeedForward):
 
     def piece(self, owner: str, parameter: Tensor, like: Tensor) -> Tensor:
         return self.shard(parameter, like)
+
+
+class WholeFeedForward(TPFeedForward):
+    """Each rank holds all of it, for its own run of tokens: a token-wise region, as a norm is. Needs sp.
+
+    Nothing is gathered and nothing scattered; instead the gradients of its parameters, partial sums over the axis, are
+    summed once a step.
+    """
+
+    bias_after = frozenset()
+
+    def placements(self) -> dict[str, Placement]:
+        return dict.fromkeys(super().placements(), Replicate())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[T/tp, E]` -> `[T/tp, E]`."""
+        return FeedForward.forward(self, x)
+
+    def piece(self, owner: str, parameter: Tensor, like: Tensor) -> Tensor:
+        return self.whole(parameter, like)
+
+
+TPFeedForward.uncut = WholeFeedForward
 
 
 # ---- the gate ---------------------------------------------------------------------------------------------------

@@ -37,10 +37,12 @@ class TPModule(nn.Module):
     Attributes:
         axis: the ranks that share this module's matrices.
         sp: activations between regions are runs of tokens `[T/tp, E]` instead of whole `[B, S, E]`.
+        uncut: the twin in its place where the layout does not cut this part of a block; None: it is always cut.
     """
 
     axis: Axis
     sp: bool
+    uncut: type[TPModule] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -105,21 +107,26 @@ def local(parameter: Tensor, grad: Placement | None = None) -> Tensor:
     return parameter.to_local(grad_placements=None if grad is None else [grad])
 
 
-def twin_of(module: nn.Module) -> type[TPModule] | None:
-    """The twin that the exact class of `module` has: a subclass that changed something does not inherit one."""
-    return type(module).__dict__.get("tp_twin")
+def twin_of(module: nn.Module, parts: str = "all") -> type[TPModule] | None:
+    """The twin that the exact class of `module` has: a subclass that changed something does not inherit one.
+
+    Args:
+        parts: of a block that tp cuts, as `tp_parts` of a layout.
+    """
+    twin: type[TPModule] | None = type(module).__dict__.get("tp_twin")
+    return twin if twin is None or parts == "all" else twin.uncut or twin
 
 
-def adopt(module: nn.Module, mesh: DeviceMesh, sp: bool) -> nn.Module:
+def adopt(module: nn.Module, mesh: DeviceMesh, sp: bool, parts: str = "all") -> nn.Module:
     """Turn `module` into its twin in place: swap the class, cut the parameters.
 
     The object, its name in the model and its hooks stay (as with `fully_shard`). Every parameter below it must be
-    declared by the twin or belong to a nested twin.
+    declared by the twin or belong to a nested twin. `parts`: as of `twin_of`.
 
     Raises:
         LayoutError: no twin, or a parameter nobody declares.
     """
-    twin = twin_of(module)
+    twin = twin_of(module, parts)
     if twin is None:
         raise LayoutError(f"{type(module).__name__} has no tensor-parallel twin; give it one or a layer plan.")
     module.__class__ = twin

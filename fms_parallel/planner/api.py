@@ -25,7 +25,8 @@ from fms_parallel.planner.hardware import GIB, Cluster, Device
 from fms_parallel.planner.operators import Workload
 from fms_parallel.planner.simulate import Stages
 from fms_parallel.planner.software import Software, load_software
-from fms_parallel.planner.space import Space, candidates, kept_blocks, rejections
+from fms_parallel.planner.space import Space, candidates, kept_blocks, rejections, tp_parts
+from fms_parallel.shape import ModelShape
 
 Array = NDArray[Any]
 
@@ -138,6 +139,12 @@ class Planner:
         return self.base.having(device.constants)
 
     @property
+    def sizes(self) -> ModelShape:
+        """What layouts are checked against."""
+        experts = self.model.experts
+        return self.model.shape if experts is None else replace(self.model.shape, experts=experts.count)
+
+    @property
     def costs(self) -> CostModel:
         """The cost model."""
         return CostModel(
@@ -179,7 +186,7 @@ class Planner:
 
     def stages(self, layout: ParallelLayout) -> Stages:
         """Seconds of every stage of a layout, for the event simulator."""
-        layout.validate(self.model.shape)
+        layout.validate(self.sizes)
         columns = Columns.of_layout(filed.named(layout), self.workload.global_batch)
         if layout.stage_split is not None and (found := mixed.stages(self, columns, layout.stage_split)) is not None:
             return found
@@ -211,7 +218,7 @@ class Planner:
         Raises:
             LayoutError: a layout that the model cannot have. ConfigError: a batch that does not divide.
         """
-        layout.validate(self.model.shape)
+        layout.validate(self.sizes)
         share = self.workload.global_batch // layout.data_parallel
         pieces = layout.data_parallel * layout.pieces
         if self.workload.global_batch % pieces:
@@ -299,6 +306,10 @@ def search_with(planner: Planner, space: Space, top: int, step_limit: float | No
             count, faster = _keeping(planner, part.take(fits), used[fits], seconds[fits], space, top)
             more += count
             best += [(e.step_time_s, e) for e in faster]
+        if len(tp_parts(space)) == 1:
+            count, faster = _leaving_whole(planner, part.take(fits), seconds[fits], space, top)
+            more += count
+            best += [(e.step_time_s, e) for e in faster]
     if len(planner.cluster.groups) > 1:
         best += [(e.step_time_s, e) for e in mixed.estimates(planner, columns, top) if e.step_time_s <= most]
     best.sort(key=lambda pair: pair[0])
@@ -325,9 +336,26 @@ def _keeping(
     room = (limit * (1 - SPARE) - used[able]) // (block * planner.software.working_bytes)
     # Two blocks at a time are there anyway.
     tried = tried.with_(kept=np.clip(room + 2, min(2, shape.layers), shape.layers).astype(np.int64))
+    return _faster(planner, tried, seconds[able], space, top)
+
+
+def _leaving_whole(
+    planner: Planner, columns: Columns, seconds: Array, space: Space, top: int
+) -> tuple[int, Iterable[Estimate]]:
+    """The fastest layouts with sp, with feed-forwards that tp does not cut: how many get faster by it, and the best."""
+    able = np.flatnonzero(columns.sp == 1)
+    able = able[np.argsort(seconds[able], kind="stable")[:top]]
+    if not len(able):
+        return 0, ()
+    tried = columns.take(able).with_(tp_parts=np.ones(len(able), dtype=np.int64))
+    return _faster(planner, tried, seconds[able], space, top)
+
+
+def _faster(planner: Planner, tried: Columns, seconds: Array, space: Space, top: int) -> tuple[int, Iterable[Estimate]]:
+    """How many of the layouts can be, fit, and take less than `seconds`; and the best of them."""
     costs = planner.costs.evaluate(tried)
-    good = (costs.memory.total <= limit) & (costs.times.total < seconds[able] * (1 - 1e-6))
-    for mask in rejections(tried, shape, planner.workload.sequence, space).values():
+    good = (costs.memory.total <= planner.cluster.device.memory_gb * GIB) & (costs.times.total < seconds * (1 - 1e-6))
+    for mask in rejections(tried, planner.sizes, planner.workload.sequence, space).values():
         good &= ~mask
     fits = np.flatnonzero(good)
     order = fits[np.argsort(costs.times.total[fits], kind="stable")[:top]]
@@ -338,7 +366,7 @@ def _apply_rules(planner: Planner, columns: Columns, space: Space) -> tuple[Arra
     alive = np.ones(len(columns), dtype=bool)
     counts: dict[str, int] = {}
     examples: dict[str, str] = {}
-    for reason, mask in rejections(columns, planner.model.shape, planner.workload.sequence, space).items():
+    for reason, mask in rejections(columns, planner.sizes, planner.workload.sequence, space).items():
         _note(counts, examples, reason, columns, alive & mask)
         alive &= ~mask
     return np.flatnonzero(alive), counts, examples

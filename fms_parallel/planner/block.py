@@ -39,13 +39,14 @@ class Block:
 
     @classmethod
     def of(cls, model: CostModel, columns: Columns) -> Block:
-        """Per distinct (tp, cp, sp, micro)."""
+        """Per distinct (tp, cp, sp, tp_parts, micro)."""
         seconds: Seconds = model.time_source.total(model.block_operators(columns))
         cp_forward, cp_backward = _context(model, columns, seconds)
         parts = (seconds.forward, seconds.backward, seconds.core, seconds.matmuls, seconds.last)
         shape = columns.tp.shape
         # Column-parallel matrices, one region's at a time, are about a quarter of a block's products.
-        tensor = _tensor(model, columns), 2 * _gather_again(model, columns, seconds.matmuls / 4)
+        regions = np.where(columns.tp_parts == 1, 1, 2)
+        tensor = regions * _tensor(model, columns), regions * _gather_again(model, columns, seconds.matmuls / 4)
         every = (*parts, *tensor, cp_forward, cp_backward, _expert(model, columns))
         return cls(*(np.broadcast_to(np.asarray(part, dtype=float), shape) for part in every))
 
@@ -55,12 +56,12 @@ class Block:
 
 
 def _tensor(model: CostModel, columns: Columns) -> Array:
-    """Seconds of tp's two collectives of one pass over a block that do not hide behind computation."""
+    """Seconds of tp's collectives around one region, of one pass over it, that do not hide behind computation."""
     size = tokens_of(columns, model.workload.sequence) * model.shape.width * model.software.working_bytes
     group = Group.of(columns.tp, 1, model.device.per_node)
     halves = model.collective("allgather", size, group) + model.collective("reducescatter", size, group)
     whole = model.collective("allreduce", size, group)
-    return 2 * np.where(columns.sp == 1, halves, whole) * (1 - model.software.overlap_tp * model.constants.overlap)
+    return np.where(columns.sp == 1, halves, whole) * (1 - model.software.overlap_tp * model.constants.overlap)
 
 
 def _gather_again(model: CostModel, columns: Columns, products: Any) -> Array:
@@ -110,12 +111,12 @@ class Ends:
 
     @classmethod
     def of(cls, model: CostModel, columns: Columns) -> Ends:
-        """Per distinct (tp, cp, sp, micro)."""
+        """Per distinct (tp, cp, sp, tp_parts, micro)."""
         sequence, source = model.workload.sequence, model.time_source
         embedding = source.total(embedding_operators(model.shape, columns, sequence, model.software))
         head = source.total(head_operators(model.shape, columns, sequence, model.software))
         # Forward: the gathered input of the head; backward: its gradient. The loss exchanges a few numbers per token.
-        talk = _tensor(model, columns) / 2
+        talk = _tensor(model, columns)
         again = _gather_again(model, columns, head.matmuls)
         parts = (embedding.forward + talk, embedding.backward, head.forward, head.backward + talk + again)
         return cls(*(np.broadcast_to(np.asarray(part, dtype=float), columns.tp.shape) for part in parts))

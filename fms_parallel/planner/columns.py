@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fms_parallel.errors import LayoutError
-from fms_parallel.layout import ParallelLayout
+from fms_parallel.layout import TP_PARTS, ParallelLayout
 
 Array = NDArray[Any]
 
@@ -34,6 +34,7 @@ class Columns:
             micro-batches of one replica in a step. zero: ZeRO stage over dp (0, 1 or 2; fsdp > 1 is stage 3). every:
             with full recomputation, each such block is made again. budget: with that policy, what blocks may keep of
             all that they would, in parts of `WHOLE_BUDGET`. kept: blocks that stay gathered.
+            tp_parts: index into `TP_PARTS`: what of a block tp cuts.
     """
 
     pp: Array
@@ -52,6 +53,7 @@ class Columns:
     every: Array
     budget: Array
     kept: Array
+    tp_parts: Array
 
     def __len__(self) -> int:
         return len(self.pp)
@@ -93,6 +95,7 @@ class Columns:
             "every": max(layout.recompute_interval, 1),
             "budget": budget,
             "kept": layout.keep_gathered,
+            "tp_parts": TP_PARTS.index(layout.tp_parts),
             "offload": OFFLOADS.index("optimizer_state" if layout.offload == "optimizer_step" else layout.offload),
             "micro": max(per_replica // count, 1),
             "count": count,
@@ -117,6 +120,7 @@ class Columns:
             cp=int(self.cp[row]),
             tp=int(self.tp[row]),
             sp=bool(self.sp[row]),
+            tp_parts=TP_PARTS[self.tp_parts[row]],
             recompute=self.policy(row),
             precision=precision,
             offload=OFFLOADS[self.offload[row]],
@@ -147,6 +151,11 @@ class Columns:
         return np.asarray(np.where(self.recompute == BUDGET, self.budget / WHOLE_BUDGET, 0.0))
 
     @property
+    def tp_of_ffn(self) -> Array:
+        """Ranks that share a feed-forward's matrices: those of tp, or each has them whole, for 1/tp of the tokens."""
+        return np.asarray(np.where(self.tp_parts == 1, 1, self.tp))
+
+    @property
     def ranks(self) -> Array:
         """Devices that each layout needs."""
         return self.pp * self.dp * self.fsdp * self.cp * self.tp
@@ -167,5 +176,5 @@ def read_policy(policy: str) -> tuple[int, int]:
     return RECOMPUTE.index(policy if policy in RECOMPUTE else "full"), 0
 
 
-_POLICIES = ("sp", "schedule", "recompute", "offload", "zero", "kept", "budget")
+_POLICIES = ("sp", "schedule", "recompute", "offload", "zero", "kept", "budget", "tp_parts")
 _DEFAULTS = {f.name: 1 for f in fields(Columns) if f.name not in _POLICIES}

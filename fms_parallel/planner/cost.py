@@ -134,8 +134,8 @@ class CostModel:
 
 
 def _unique(columns: Columns) -> tuple[Columns, Array]:
-    """The distinct (tp, cp, sp, micro) and where each row finds its own."""
-    key = ((columns.tp << 40) | (columns.cp << 28) | (columns.sp << 27)) + columns.micro
+    """The distinct (tp, cp, sp, tp_parts, micro) and where each row finds its own."""
+    key = ((columns.tp << 40) | (columns.cp << 28) | (columns.sp << 27) | (columns.tp_parts << 26)) + columns.micro
     _, first, back = np.unique(key, return_index=True, return_inverse=True)
     return columns.take(first), back
 
@@ -197,7 +197,9 @@ class Step:
     def repeated(self) -> Array:
         """Part of a forward pass's exchanges within tp that the backward pass repeats; an early stop spares one."""
         software = self.model.software
-        fully = self.whole_again() * (0.75 if software.early_stop else 1.0)
+        # The last of a block's four is spared; where the feed-forward is whole there are two, and both are needed.
+        spared = np.where(self.columns.tp_parts == 1, 1.0, 0.75) if software.early_stop else 1.0
+        fully = self.whole_again() * spared
         return np.choose(self.columns.recompute, [0.0, software.selective_talk, fully, fully])
 
     def context_talk(self) -> Array:
@@ -234,7 +236,7 @@ class Step:
         return Times(
             compute=c.count * (blocks * plain + outside),
             recompute=c.count * blocks * again,
-            tp=c.count * blocks * self.tensor_talk(),
+            tp=c.count * blocks * self.tensor_talk() + self.whole_feed_forwards(rank),
             cp=c.count * blocks * self.context_talk(),
             ep=c.count * blocks * 2 * block.ep,
             fsdp=fsdp,
@@ -244,6 +246,14 @@ class Step:
             optimizer=optimizer,
             other=zero + self.model.constants.step_us * 1e-6 + c.count * micro_us * 1e-6 + self.hooks(blocks),
         )
+
+    def whole_feed_forwards(self, rank: Array) -> Array:
+        """Seconds of adding up, once a step, the gradients of feed-forwards that every rank of tp has whole."""
+        c, model = self.columns, self.model
+        size = rank * model.shape.ffn_parameters * model.software.reduce_bytes
+        group = Group.of(c.tp, 1, model.device.per_node)
+        seconds = model.collective("allreduce", size, group) + model.constants.copy_ns * 1e-9 * size * 2
+        return np.where(c.tp_parts == 1, seconds, 0.0)
 
     def hooks(self, blocks: Array) -> Array:
         """Seconds of the host that axes add to blocks and that do not hide behind kernels."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.planner import memory
 from fms_parallel.planner.columns import Columns
+from fms_parallel.planner.flight import Flight
 from fms_parallel.planner.hardware import GIB
 from fms_parallel.planner.simulate import Event, Work, makespan, run_orders, simulate
 from fms_parallel.schedule_file import FORWARD, INPUTS, WEIGHTS, FileSchedule
@@ -89,23 +90,41 @@ def _memory(planner: Planner, layout: ParallelLayout) -> memory.Memory:
     ranks: list[memory.Memory] = []
     for order in _orders(found):
         own = {work.stage for work in order}
-        blocks = np.array([float(sum(split[stage] for stage in own))])
+        blocks = np.array([float(_blocks(order, split))])
         ends = np.array([0 in own]), np.array([len(split) - 1 in own])
-        held = np.array([most_held(order, split)]) / blocks
         model = planner.costs
         known = (model.shape, columns, model.workload.sequence, model.software, model.experts)
-        ranks.append(memory.of_stage(*known, blocks, held, *ends))
+        ranks.append(memory.of_stage(*known, blocks, moments(order, split), *ends))
     return max(ranks, key=lambda one: float(one.total[0]))
 
 
 def most_held(order: Sequence[Work], split: Sequence[int]) -> float:
     """Blocks times micro-batches whose activations a rank holds at its fullest moment."""
-    last: dict[Any, str] = {(w.stage, w.micro): w.kind for w in order if w.kind != "F"}
-    held = most = 0
+    return max((moment.held.item() for moment in moments(order, split)), default=0.0) * _blocks(order, split)
+
+
+def moments(order: Sequence[Work], split: Sequence[int]) -> list[Flight]:
+    """The moments of a rank that can be its fullest: at no other it holds as much in all and between two halves."""
+    apart = {(work.stage, work.micro) for work in order if work.kind == "W"}
+    own, ran = {work.stage for work in order}, set[int]()
+    blocks, within = _blocks(order, split), sum(stage + 1 in own for stage in own)
+    takes = max(len(own - {0}), 1)
+    whole = halves = answered = 0
+    found: dict[tuple[int, int], Flight] = {}
     for work in order:
+        size, halved = split[work.stage], (work.stage, work.micro) in apart
+        first_half = halved and work.stage > 0  # the first stage has no inputs to ask for
         if work.kind == "F":
-            held += split[work.stage]
-        elif last[work.stage, work.micro] == work.kind:  # with weights apart, theirs is the last pass
-            held -= split[work.stage]
-        most = max(most, held)
-    return float(most)
+            whole += size
+        elif work.kind == "B" and first_half:
+            whole, halves, answered = whole - size, halves + size, answered + 1
+        now = (whole / blocks, halves / blocks, answered / takes, ran == own, within)
+        found[whole + halves, halves] = Flight(*(np.array([float(value)]) for value in now))
+        if work.kind == ("W" if halved else "B"):
+            whole, halves = (whole, halves - size) if first_half else (whole - size, halves)
+            ran.add(work.stage)
+    return [f for key, f in found.items() if not any(k != key and k[0] >= key[0] and k[1] >= key[1] for k in found)]
+
+
+def _blocks(order: Sequence[Work], split: Sequence[int]) -> int:
+    return sum(split[stage] for stage in {work.stage for work in order})

@@ -17,8 +17,8 @@ from fms_parallel.layout import ParallelLayout
 from fms_parallel.planner.api import Planner
 from fms_parallel.planner.columns import Columns
 from fms_parallel.planner.hardware import GIB
-from fms_parallel.planner.memory import States
 from fms_parallel.planner.space import factorisations
+from fms_parallel.planner.states import States
 from fms_parallel.planner.topology import Group
 
 

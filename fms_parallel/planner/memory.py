@@ -7,18 +7,22 @@ Formulas: activations Korthikanti et al. 2022 (arXiv 2205.05198); ZeRO Rajbhanda
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fms_parallel.planner import schedule
-from fms_parallel.planner.columns import OFFLOADS, Columns
+from fms_parallel.planner.columns import Columns
 from fms_parallel.planner.experts import Experts
+from fms_parallel.planner.flight import Flight, flights
 from fms_parallel.planner.hardware import GIB
 from fms_parallel.planner.operators import tokens_of
 from fms_parallel.planner.software import Software
+from fms_parallel.planner.states import States
 from fms_parallel.shape import ModelShape
 
 Array = NDArray[Any]
@@ -49,7 +53,8 @@ class Kept:
     Attributes:
         everything: without recomputation. enters: what enters the block. products: results of matrix products and of
             attention, without those that the backward pass does not read. received: results of collectives within tp.
-            selective: with that policy.
+            selective: with that policy. gradients: of results of products and norms, between the halves of a split
+            backward pass.
     """
 
     everything: Array
@@ -57,6 +62,7 @@ class Kept:
     products: Array
     received: Array
     selective: Array
+    gradients: Array
 
     @classmethod
     def of(cls, shape: ModelShape, columns: Columns, sequence: int, software: Software) -> Kept:
@@ -65,6 +71,9 @@ class Kept:
         shard = np.where(columns.sp == 1, tp, 1)
         outside = shape.width / shard
         inputs = shape.width / (shard if software.gather_again else 1)
+        # A whole feed-forward reads the rank's own tokens, and gives no more.
+        whole = columns.tp_parts == 1
+        both, given = inputs + np.where(whole, outside, inputs), shape.width + np.where(whole, outside, shape.width)
         q = shape.heads * shape.head_width / tp
         kv = np.maximum(shape.kv_heads, tp) * shape.head_width / tp
         ffn = shape.ffn_width / tp
@@ -73,17 +82,19 @@ class Kept:
         core = 4 * shape.heads / tp if software.fused_attention else scores
         masks = 2 * outside * software.dropout
         keys = q if software.repeats_kv else kv
-        everything = w * (2 * outside + 2 * inputs + 2 * q + 2 * keys + (ups + 1) * ffn) + masks + core
+        everything = w * (2 * outside + both + 2 * q + 2 * keys + (ups + 1) * ffn) + masks + core
         everything = everything + software.ring_keeps * w * q * (columns.cp > 1)
         selective = {
             "core": everything - (scores if not software.fused_attention else 0.0),
             # Block input; results of qkv, attention, output projection, up and gate, down.
-            "memory": w * (outside + 2 * q + 2 * kv + 2 * shape.width + ups * ffn) + 4 * shape.heads / tp,
+            "memory": w * (outside + 2 * q + 2 * kv + given + ups * ffn) + 4 * shape.heads / tp,
             "half": w * (outside + q + kv + q + ffn) + 4 * shape.heads / tp,
         }[software.selective]
         products = w * (2 * q + 2 * kv + shape.width * (tp == 1) + ups * ffn) + 4 * shape.heads / tp
-        received = w * np.where(columns.sp == 1, 2 * shape.width + outside, shape.width) * (tp > 1)
-        return cls(everything, w * outside, products, received, selective)
+        received = w * np.where(columns.sp == 1, given + outside, shape.width) * (tp > 1)
+        # Of what adds up over tp it is the gradient of all tokens.
+        gradients = w * (2 * outside + 2 * shape.width + q + 2 * kv + ups * ffn)
+        return cls(everything, w * outside, products, received, selective, gradients)
 
     def within(self, share: Array | float) -> Array:
         """A recompute budget: what enters, and `share` of the rest that is kept without one.
@@ -121,14 +132,16 @@ def peak(
     experts: Experts | None,
     blocks: tuple[Array, Array],
 ) -> Memory:
-    """Memory of the fullest rank. `blocks`: of the first rank and of the last one, over all their stages."""
-    held = schedule.in_flight(columns)
-    alone = columns.pp == 1
-    whole = np.ones(len(columns), dtype=bool)
+    """Memory of the fullest rank. `blocks`: of the first rank and of the last one, over all their stages.
+
+    In a V schedule the first rank has both ends of the model: `blocks` are then of the last rank, and of that one.
+    """
     known = (shape, columns, sequence, software, experts)
+    alone, bent = columns.pp == 1, np.isin(columns.schedule, schedule.TURNS)
+    whole = np.ones(len(columns), dtype=bool)
     ends = (
-        of_stage(*known, blocks[0], held, whole, alone),
-        of_stage(*known, blocks[1], _held_by_last(columns, held), alone, whole),
+        of_stage(*known, blocks[0], flights(columns, last=False), alone | ~bent, alone),
+        of_stage(*known, blocks[1], flights(columns, last=True), alone | bent, whole),
     )
     fuller = ends[1].total > ends[0].total
     return Memory(
@@ -143,53 +156,129 @@ def of_stage(
     software: Software,
     experts: Experts | None,
     blocks: Array,
-    held: Array,
+    moments: Sequence[Flight],
     embedding: Array,
     head: Array,
 ) -> Memory:
-    """A rank with so many blocks that holds activations of `held` micro-batches, and perhaps an end of the model."""
-    tokens = tokens_of(columns, sequence)
-    kept = tokens * activation_bytes_per_token(shape, columns, sequence, software) * software.fragmentation
-    again = _one_block_again(shape, columns, sequence, software) * tokens
-    ring = _ring(shape, columns, software) * tokens
-    logits = np.where(head, _logits(shape, columns, tokens, software), 0.0)
-    outside = tokens * shape.width * software.working_bytes
-    hops = _hops(columns, software, held, embedding, head) * outside / np.where(columns.sp == 1, columns.tp, 1)
+    """A rank with so many blocks, at the fullest of some moments, and perhaps with an end of the model."""
     states = States(shape, columns, software, experts)
-    parameters, gradients, optimizer, gathered = states.rank(blocks, embedding, head, held)
+    most = np.max([moment.held for moment in moments], axis=0)
+    parameters, gradients, optimizer, gathered = states.rank(blocks, embedding, head, most)
     pooled, here = states.pooled(gradients)
-    # Gradients of earlier micro-batches are there beside all activations, if one is begun after another has ended.
-    # A rank with several stages has done with all micro-batches of one before the next where there are pp of them.
-    v = columns.virtual
-    parts = np.where(columns.count <= columns.pp, v, 1)
-    earlier = np.where(software.gradient_buffers, here, here / parts * (columns.count > held))
-    everything = kept * blocks * held + outside + hops
-    none = np.zeros_like(logits)
-    if software.logits_at_once:
-        # By the last block's backward pass the head's input is gone; a pipeline still holds what it hands on.
-        after = everything + again - np.where(columns.pp == 1, outside, 0.0)
-        moments = [(everything, logits, earlier), (after, none, earlier)]
-    else:  # logits and what their gradient needs outlast the head: published peaks have them beside a block's
-        moments = [(everything + again, logits, earlier), (everything + again + ring, none, earlier)]
-    # After a stage's first backward pass all gradients of it are there: the first stage to do so, then the last.
-    left = np.where(columns.count > 1, 0, kept) + again + ring + hops
-    moments.append((kept * blocks * (held - 1 / v) + left, none, here / parts))
-    moments.append((kept * blocks * (held - 1) / v + left, none, here))
-    fullest = np.argmax([sum(moment) for moment in moments], axis=0)
-    activations, logits, gradients = (np.choose(fullest, [moment[i] for moment in moments]) for i in range(3))
+    working = _Working(shape, columns, sequence, software, blocks, embedding, head)
+    sums = [each for moment in moments for each in working.sums(moment, here)]
+    fullest = np.argmax(np.array([a + b + c for a, b, c in sums]), axis=0)
+    activations, logits, gradients = (np.choose(fullest, [each[i] for each in sums]) for i in range(3))
     reserve = np.full(len(columns), software.reserve_gb * GIB)
     return Memory(parameters, gradients + pooled, optimizer, gathered, activations, logits, reserve)
 
 
-def _hops(columns: Columns, software: Software, held: Array, embedding: Array, head: Array) -> Array:
-    """Tensors between stages that a rank keeps besides what its blocks keep.
+@dataclass(frozen=True)
+class _Working:
+    """What a rank with so many blocks holds while it works, besides its states."""
 
-    A buffer of its own for every micro-batch's gradient that comes, and for every activation (those of micro-batches in
-    flight are the blocks' inputs); and what it handed on, until the backward pass of that micro-batch.
-    """
-    count, sends, takes = columns.count, columns.virtual - head, columns.virtual - embedding
-    hops = sends * (count + held) + takes * np.maximum(count - held, 0)
-    return np.where((columns.pp > 1) & software.hop_buffers, hops, 0)
+    shape: ModelShape
+    columns: Columns
+    sequence: int
+    software: Software
+    blocks: Array
+    embedding: Array
+    head: Array
+
+    def sums(self, moment: Flight, here: Array) -> list[tuple[Array, Array, Array]]:
+        """(activations, logits, gradients) around one moment; `here`: gradients of all weights."""
+        software, v = self.software, self.columns.virtual
+        kept, outside = self._kept, self._outside
+        again, ring, logits = self._again, self._ring, self._logits
+        none, hops, earlier = np.zeros_like(logits), self._hops(moment), self._earlier(moment, here)
+        # A moment has its last micro-batch between two halves: before that it was whole.
+        first_half = np.minimum(moment.split, 1 / v)
+        held = moment.whole + first_half
+        everything = kept * held + self._split * (moment.split - first_half) + outside + hops
+        if software.logits_at_once:
+            # By the last block's backward pass the head's input is gone; a pipeline still holds what it hands on.
+            after = everything + again - np.where(self.columns.pp == 1, outside, 0.0)
+            found = [(everything, logits, earlier), (after, none, earlier)]
+        else:  # logits and what their gradient needs outlast the head: published peaks have them beside a block's
+            found = [(everything + again, logits, earlier), (everything + again + ring, none, earlier)]
+        # After a stage's first backward pass all gradients of it are there: the first stage to do so, then the last.
+        left = np.where(self.columns.count > 1, 0, kept / self.blocks) + again + ring + hops
+        begun = [(kept * (held - 1 / v) + left, here / self._parts), (kept * (held - 1) / v + left, here)]
+        if np.any(moment.split):
+            halved = moment.split > 0
+            between = kept * moment.whole + self._split * moment.split + self._norm_again() + hops
+            begun = [(np.where(halved, between, a), np.where(halved, earlier, b)) for a, b in begun]
+        return [*found, *((activations, none, gradients) for activations, gradients in begun)]
+
+    @cached_property
+    def _tokens(self) -> Array:
+        return tokens_of(self.columns, self.sequence)
+
+    @cached_property
+    def _kept(self) -> Array:
+        """A micro-batch of all blocks between forward and backward."""
+        each = activation_bytes_per_token(self.shape, self.columns, self.sequence, self.software)
+        return self._tokens * each * self.software.fragmentation * self.blocks
+
+    @cached_property
+    def _again(self) -> Array:
+        return _one_block_again(self.shape, self.columns, self.sequence, self.software) * self._tokens
+
+    @cached_property
+    def _ring(self) -> Array:
+        return _ring(self.shape, self.columns, self.software) * self._tokens
+
+    @cached_property
+    def _logits(self) -> Array:
+        return np.where(self.head, _logits(self.shape, self.columns, self._tokens, self.software), 0.0)
+
+    @cached_property
+    def _split(self) -> Array:
+        """One between the two halves of a backward pass: all of the graph, recomputed or not, and gradients."""
+        shape, columns, software = self.shape, self.columns, self.software
+        kept = Kept.of(shape, columns, self.sequence, software)
+        each = self._tokens * (kept.everything + kept.gradients) * software.fragmentation * self.blocks
+        # The gradient of a stage's last product is what came, in the buffer that it came in; with sp it is gathered.
+        came = np.where(columns.sp == 1, 0.0, self._outside)
+        ends = np.where(self.head, _head_again(shape, columns, self._tokens, software), -came)
+        return each + columns.virtual * ends
+
+    def _norm_again(self) -> Array:
+        """The second half begins with the backward pass of norms, which is in fp32: inputs, gradients, products."""
+        tensors = 2 if self.software.working_bytes >= 4 else 4
+        return tensors * 4 * self._tokens * self.shape.width / np.where(self.columns.sp == 1, self.columns.tp, 1)
+
+    @cached_property
+    def _outside(self) -> Array:
+        """A micro-batch's tensor between blocks."""
+        return self._tokens * self.shape.width * self.software.working_bytes
+
+    def _earlier(self, moment: Flight, here: Array) -> Array:
+        """Gradients of earlier micro-batches, beside all activations if one is begun after another has ended."""
+        if self.software.gradient_buffers:
+            return here
+        begun = here / self._parts * (self.columns.count > moment.held)
+        return np.where(moment.late, here, begun)
+
+    @cached_property
+    def _parts(self) -> Array:
+        """A rank with several stages has done with all micro-batches of one before the next where there are pp."""
+        return np.where(self.columns.count <= self.columns.pp, self.columns.virtual, 1)
+
+    def _hops(self, moment: Flight) -> Array:
+        """Tensors between stages that a rank keeps besides what its blocks keep.
+
+        A buffer of its own for every micro-batch's gradient that comes, and for every activation (those of
+        micro-batches in flight are the blocks' inputs); what it handed on, until that micro-batch's backward pass is
+        over; and gradients that the first half of a backward pass leaves with its inputs. Within a rank nothing is
+        copied.
+        """
+        columns = self.columns
+        count, sends, takes = columns.count, columns.virtual - self.head, columns.virtual - self.embedding
+        hops = sends * count + (sends - moment.within) * moment.held + takes * np.maximum(count - moment.held, 0)
+        hops = hops + (takes - moment.within) * moment.answered
+        part = self._outside / np.where(columns.sp == 1, columns.tp, 1)
+        return np.where((columns.pp > 1) & self.software.hop_buffers, hops, 0) * part
 
 
 def _ring(shape: ModelShape, columns: Columns, software: Software) -> Array:
@@ -212,14 +301,13 @@ def _logits(shape: ModelShape, columns: Columns, tokens: Array, software: Softwa
     return chunk * (w if w >= 4 else 2 * w + 4) + ends
 
 
-def _held_by_last(columns: Columns, first: Array) -> Array:
-    """Micro-batches in flight on the last rank: one in 1F1B, all in GPipe, and those of its other stages."""
-    code = columns.schedule
-    all_of_them = (code == schedule.CODE["gpipe"]) | (code == schedule.CODE["looped_bfs"])
-    steady = np.where(
-        columns.virtual > 1, np.minimum((columns.pp * (columns.virtual - 1) + 1) / columns.virtual, first), 1.0
-    )
-    return np.where(all_of_them | (columns.pp == 1), first, steady)
+def _head_again(shape: ModelShape, columns: Columns, tokens: Array, software: Software) -> Array:
+    """Of the head between the halves of a backward pass: input and output gradient of its norm, gradients by logits."""
+    w, part = software.working_bytes, tokens * shape.width / np.where(columns.sp == 1, columns.tp, 1)
+    if not software.logits_at_once:
+        return 2 * w * part + tokens * shape.vocab / columns.tp * (w + 4)
+    # A loss in chunks has found both gradients by then, that of the table in fp32.
+    return 3 * w * part + 4 * shape.vocab * shape.width / columns.tp
 
 
 def _one_block_again(shape: ModelShape, columns: Columns, sequence: int, software: Software) -> Array:
@@ -231,91 +319,3 @@ def _one_block_again(shape: ModelShape, columns: Columns, sequence: int, softwar
     )
     kept = activation_bytes_per_token(shape, columns.with_(every=np.ones_like(columns.every)), sequence, software)
     return gradients + whole - kept
-
-
-@dataclass(frozen=True)
-class States:
-    """Parameters, gradients, optimizer state and gathered copies of one rank."""
-
-    shape: ModelShape
-    columns: Columns
-    software: Software
-    experts: Experts | None
-
-    def rank(self, blocks: Array, embedding: Any, head: Any, held: Any = 1.0) -> tuple[Array, Array, Array, Array]:
-        """Bytes of the four kinds for a rank with so many blocks and `held` micro-batches in flight."""
-        c, s = self.columns, self.software
-        tables = self.table() * (
-            np.asarray(embedding, dtype=float) + np.asarray(head, dtype=float) * self.separate_head()
-        )
-        last_norm = np.asarray(head, dtype=float) * self.shape.norm_parameters
-        whole = blocks * self.block() + tables + last_norm
-        shards = self.shards()
-        over_dp = np.where(c.zero >= 1, c.dp, 1)
-        kept = np.where(c.offload == OFFLOADS.index("params"), 0.0, 1.0)
-        state = np.where(c.offload >= OFFLOADS.index("optimizer_state"), 0.0, 1.0)
-        gradients = np.where(
-            self.waiting(), s.gradient_bytes, s.gradient_bytes / shards / np.where(c.zero >= 2, c.dp, 1)
-        )
-        return (
-            whole * s.parameter_bytes / shards * kept,
-            whole * gradients * kept,
-            whole * s.optimizer_bytes / shards / over_dp * state,
-            self.gathered(whole, blocks * self.block() * (np.asarray(held, dtype=float) - 1)),
-        )
-
-    def pooled(self, gradients: Array) -> tuple[Array, Array]:
-        """Of gradients what has a pool of its own during the whole step, and what is where activations are.
-
-        An allocator keeps a pool for each stream: what a reduction made is nobody else's memory afterwards.
-        """
-        shards, waiting = self.shards(), self.waiting()
-        pooled = np.where((shards > 1) & self.software.stream_pools, gradients / np.where(waiting, shards, 1), 0.0)
-        return pooled, np.where(waiting, gradients, gradients - pooled)
-
-    def waiting(self) -> Array:
-        """Where gradients of all but the last micro-batch wait whole for the reduction of the last one."""
-        return np.asarray((self.shards() > 1) & (self.columns.count > 1))
-
-    def shards(self) -> Array:
-        """Ranks that share one copy of a parameter."""
-        c, when = self.columns, self.software.shard_over_cp
-        over = (when == "always") | ((when == "with fsdp") & (c.fsdp > 1))
-        return np.asarray(c.fsdp * np.where(over, c.cp, 1))
-
-    def gathered(self, whole: Array, more: Array) -> Array:
-        """Copies in the working precision: with fsdp of two blocks (or those kept), without of all if states are wider.
-
-        `more`: parameters of the blocks for each micro-batch in flight but one, of which software may keep copies.
-
-        A pipeline gathers its stage once per step and keeps it, and gradients of all but the last micro-batch wait
-        whole on their rank (both as torch's pipeline runtime does with FSDP2); buffers of two gathers stay reserved.
-        """
-        c, s = self.columns, self.software
-        wider = np.asarray(s.parameter_bytes > s.working_bytes)
-        copied = wider | (s.replicas_copy & ((c.dp > 1) | (c.cp > 1)))
-        # Blocks that stay gathered are all there at the head; while others are gathered two by two, they are gone.
-        two_blocks = self.block() * (np.maximum(c.kept, 2) * s.working_bytes + s.reduce_bytes)
-        two_blocks = two_blocks + 2 * self.table() * s.working_bytes
-        kept = whole * s.working_bytes
-        staged = kept + 2 * self.block() * s.working_bytes * s.stream_pools
-        flying = more * s.working_bytes * (wider & s.cast_again & (c.pp > 1))
-        return np.where(
-            self.shards() > 1, np.where(c.pp > 1, staged, np.minimum(two_blocks, kept)), kept * copied + flying
-        )
-
-    def block(self) -> Array:
-        """Parameters of one block on one rank, gathered: matrices over tp, norms whole."""
-        shape, tp = self.shape, self.columns.tp
-        kv = (np.maximum(shape.kv_heads, tp) - shape.kv_heads) * shape.head_width * shape.width * 2
-        ffn = shape.ffn_parameters if self.experts is None else self.experts.parameters(shape) / self.experts.ep
-        return (shape.attention_parameters + kv + ffn) / tp + 2 * shape.norm_parameters
-
-    def table(self) -> Array:
-        """Parameters of the embedding on one rank; the head has as many."""
-        positions = self.shape.max_positions * self.shape.width if self.shape.learned_positions else 0
-        return self.shape.vocab * self.shape.width / self.columns.tp + positions / 2
-
-    def separate_head(self) -> Array:
-        """1 where the head is a second table: not tied, or tied across two ranks of a pipeline."""
-        return np.where((self.columns.pp > 1) | (not self.shape.tied), 1.0, 0.0)

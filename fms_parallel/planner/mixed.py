@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fms_parallel.planner import memory
 from fms_parallel.planner.columns import OFFLOADS, SCHEDULES, Columns
 from fms_parallel.planner.cost import CostModel, Step, Times
+from fms_parallel.planner.flight import plain
 from fms_parallel.planner.hardware import GIB, Device
 from fms_parallel.planner.simulate import Stages
 
@@ -159,7 +160,7 @@ class _Pipeline:
         held = np.minimum(len(self.kinds) - stage, self.row.count)
         known = (planner.model.shape, self.row, planner.workload.sequence, planner.software, planner.model.experts)
         ends = np.array([stage == 0]), np.array([stage == last])
-        return memory.of_stage(*known, np.array([blocks]), held, *ends)
+        return memory.of_stage(*known, np.array([blocks]), [plain(held)], *ends)
 
     def room(self, stage: int) -> int:
         """Blocks that fit: memory is linear in them."""

@@ -94,8 +94,8 @@ def attention_operators(shape: ModelShape, columns: Columns, sequence: int, soft
 
 def feed_forward_operators(shape: ModelShape, columns: Columns, sequence: int, software: Software) -> list[Op]:
     """A dense feed-forward: one or two matrices up, activation, one down."""
-    tokens = tokens_of(columns, sequence)
-    width, ffn, ups = software.working_bytes, shape.ffn_width / columns.tp, 2 if shape.gated else 1
+    tokens = tokens_of(columns, sequence) * columns.tp_of_ffn / columns.tp
+    width, ffn, ups = software.working_bytes, shape.ffn_width / columns.tp_of_ffn, 2 if shape.gated else 1
     passes = ups + 1 + (ups if shape.ffn_bias and not software.fused_elementwise else 0)
     return [
         matmul("up", tokens, ups * ffn, shape.width, width),

@@ -1,4 +1,4 @@
-"""Pipeline schedules in closed form: idle time, micro-batches in flight, and how blocks are cut into stages.
+"""Pipeline schedules in closed form: idle time, and how blocks are cut into stages.
 
 It knows counts; seconds come in as arrays. `simulate` runs the same schedules event by event and is what these formulas
 are tested against.
@@ -82,16 +82,3 @@ def bubble(columns: Columns, forward: Array, backward: Array, weight: Array) -> 
     two_way = np.maximum(ramp * (both - 2 * weight) / 2, 0.0) * np.where(columns.count >= 2 * columns.pp, 0.0, 1.0)
     idle = np.where(code == CODE["interleaved_zero_bubble"], zero_bubble, idle)
     return np.where((code == CODE["zbv"]) | (code == CODE["dualpipev"]), two_way, idle)
-
-
-def in_flight(columns: Columns) -> Array:
-    """Micro-batches whose activations the first rank holds, in units of all blocks of that rank."""
-    pp, m, v = columns.pp, columns.count, columns.virtual
-    code = columns.schedule
-    interleaved = np.minimum((pp * v + pp - 1) / v, m)
-    held = np.where(v > 1, interleaved, np.minimum(pp, m))
-    held = np.where((code == CODE["gpipe"]) | (code == CODE["looped_bfs"]), m, held)
-    held = np.where(
-        (code == CODE["zbv"]) | (code == CODE["dualpipev"]), np.minimum(pp + (code == CODE["dualpipev"]), m), held
-    )
-    return np.where(pp == 1, 1, held)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fms_parallel.errors import ConfigError, LayoutError, unknown
-from fms_parallel.layout import AXES
+from fms_parallel.layout import AXES, TP_PARTS
 from fms_parallel.planner import schedule
 from fms_parallel.planner.columns import OFFLOADS, RECOMPUTE, SCHEDULES, Columns, read_policy
 from fms_parallel.shape import ModelShape
@@ -34,8 +34,8 @@ COMPARE: Mapping[str, Callable[[Array, int], Array]] = {
 }
 PINNABLE = (*AXES, "virtual", "micro", "count", "zero", "sp", "kept")
 COLUMN_OF = {"microbatches": "count", "micro_batch": "micro", "virtual_stages": "virtual", "keep_gathered": "kept"}
-POLICIES = ("sp", "virtual", "schedule", "recompute", "every", "budget", "offload", "zero", "kept")
-WORDS = {"schedule": SCHEDULES, "recompute": RECOMPUTE, "offload": OFFLOADS}
+POLICIES = ("sp", "virtual", "schedule", "recompute", "every", "budget", "offload", "zero", "kept", "tp_parts")
+WORDS = {"schedule": SCHEDULES, "recompute": RECOMPUTE, "offload": OFFLOADS, "tp_parts": TP_PARTS}
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def _possible_words(columns: Columns) -> Array:
     no_pipeline = (columns.schedule == 0) & (columns.virtual == 1)
     return (
         ((columns.tp > 1) | (columns.sp == 0))
+        & ((columns.sp == 1) | (columns.tp_parts == 0))
         & ((columns.pp > 1) | no_pipeline)
         & ((columns.dp > 1) | (columns.zero == 0))
         & ((columns.fsdp == 1) | (columns.zero == 0))
@@ -127,13 +128,14 @@ def _policies(space: Space) -> Array:
         pipelines.append((1, 0))  # pp = 1 needs it; rejected by a rule of its own where pp > 1
     return np.array(
         [
-            (sp, v, code, *_recompute(policy), OFFLOADS.index(offload), zero, kept)
+            (sp, v, code, *_recompute(policy), OFFLOADS.index(offload), zero, kept, parts)
             for sp in (0, 1)
             for v, code in pipelines
             for policy in space.recompute
             for offload in space.offloads
             for zero in space.zero
             for kept in kept_blocks(space)
+            for parts in tp_parts(space)
         ],
         dtype=np.int64,
     )
@@ -149,6 +151,11 @@ def kept_blocks(space: Space) -> Sequence[int]:
         near = range(max(int(found[1]) - 1, 0), int(found[1]) + 2) if found else ()
         numbers.update(near)
     return sorted(numbers)
+
+
+def tp_parts(space: Space) -> Sequence[int]:
+    """Indices of `TP_PARTS`: cut all, and the other where a pin speaks of it; a search looks at that by itself."""
+    return range(len(TP_PARTS)) if any(re.match(r"\s*tp_parts\b", pin) for pin in space.pins) else (0,)
 
 
 def _recompute(policy: str) -> tuple[int, int, int]:
@@ -186,10 +193,11 @@ def rejections(columns: Columns, shape: ModelShape, sequence: int, space: Space)
         c.schedule, [SCHEDULES.index(w) for w in ("interleaved1f1b", "interleaved_zero_bubble", "looped_bfs")]
     )
     rules = {
+        f"only one feed-forward is left whole, not {shape.experts} experts": (c.tp_parts == 1) & (shape.experts > 1),
         f"tp does not divide {shape.heads} heads": shape.heads % c.tp != 0,
         f"tp and {shape.kv_heads} kv heads: neither divides the other": (shape.kv_heads % c.tp != 0)
         & (c.tp % shape.kv_heads != 0),
-        f"tp does not divide the feed-forward width {shape.ffn_width}": shape.ffn_width % c.tp != 0,
+        f"tp does not divide the feed-forward width {shape.ffn_width}": shape.ffn_width % c.tp_of_ffn != 0,
         f"more stages than {shape.layers} blocks": stages > shape.layers,
         f"more gathered than {shape.layers} blocks": c.kept > shape.layers,
         f"sequence {sequence} does not divide into 2 * cp pieces": (c.cp > 1) & (sequence % (2 * c.cp) != 0),
@@ -236,8 +244,8 @@ def _uses(columns: Columns, word: str) -> Array:
     if word == "sp":
         return columns.sp == 1
     for name, words in WORDS.items():
-        if word in words and word != "none":
+        if word in words and word not in ("none", "all"):
             used = np.asarray(getattr(columns, name) == words.index(word))
             return used & ((name != "schedule") | (columns.pp > 1)) & ((word != "full") | (columns.every == 1))
-    known = [*AXES, "sp", *(w for words in WORDS.values() for w in words if w != "none")]
+    known = [*AXES, "sp", *(w for words in WORDS.values() for w in words if w not in ("none", "all"))]
     raise ConfigError(f"--exclude: {unknown('word', word, known)}")

@@ -33,7 +33,7 @@ from fms_parallel.strategy.materialise import initialise, materialise
 from fms_parallel.strategy.pipeline import Pipeline, PipelineStrategy, refuse_forward
 from fms_parallel.strategy.recompute import RecomputeStrategy, refuse_budget_without_compile
 from fms_parallel.strategy.stages import refuse_unless_stageable
-from fms_parallel.strategy.tensor import TensorParallelStrategy
+from fms_parallel.strategy.tensor import TensorParallelStrategy, refuse_parts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 """What parameters are stored in under each precision."""
@@ -76,7 +76,9 @@ def compose(
         pipeline = PipelineStrategy(mesh["pp"], layout)
         model = pipeline.distribute(model)
     if mesh is not None:
-        tensor = TensorParallelStrategy(mesh["tp"], sp=layout.sp, loss_parallel=layout.loss_parallel, plan=plan)
+        tensor = TensorParallelStrategy(
+            mesh["tp"], sp=layout.sp, loss_parallel=layout.loss_parallel, parts=layout.tp_parts, plan=plan
+        )
         model = tensor.distribute(model)
     context: ContextStrategy | None = None
     if mesh is not None and layout.cp > 1:
@@ -132,6 +134,7 @@ def refuses(native: nn.Module, shape: ModelShape) -> Callable[[ParallelLayout], 
         check_fit(layout, shape)
         refuse_unimplemented(layout)
         refuse_without_context(type(native), layout)
+        refuse_parts(native, layout.tp_parts)
         if layout.pp > 1:
             refuse_unless_stageable(native)
 

@@ -28,7 +28,6 @@ from fms_parallel.layout import ParallelLayout
 from fms_parallel.planner.simulate import B, Event, F, Stages, W, Work
 from fms_parallel.planner.timeline import write_plots, write_trace
 from fms_parallel.strategy.base import parallel_of
-from fms_parallel.strategy.show import timeline
 
 
 @dataclass
@@ -125,6 +124,9 @@ def promised(layout: ParallelLayout, events: Sequence[Event]) -> list[Event]:
     }
     forward, inputs, weight = ([mean[kind, stage] for stage in range(layout.stages)] for kind in (F, B, W))
     both = [a + b for a, b in zip(inputs, weight, strict=True)]
+    # Here, because `python -m` warns of a module that its own package has imported before it runs.
+    from fms_parallel.strategy.show import timeline
+
     return timeline(layout, Stages(forward, both, weight=weight if halves else None))
 
 

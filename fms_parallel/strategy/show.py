@@ -36,6 +36,8 @@ from fms_parallel.schedule_file import (
 )
 from fms_parallel.schedules import FILE, find_schedule
 
+PICTURES = (".png", ".svg", ".pdf")
+
 
 def rank_grid(layout: ParallelLayout) -> str:
     """One line per line of tp neighbours, with the place of the line on the other axes.
@@ -120,6 +122,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if (args.picture or args.write_schedule) and layout.pp == 1:
         flag = "picture" if args.picture else "write-schedule"
         raise ConfigError(f"layout {args.layout!r} has no schedule to draw: that is what pp=N has; drop --{flag}.")
+    if args.picture is not None and not args.picture.endswith(PICTURES):
+        raise ConfigError(f"--picture {args.picture}: the suffix says what is drawn; use {', '.join(PICTURES)}.")
     layout.check_schedule()
     sys.stdout.write(describe(layout))
     if args.write_schedule is not None:

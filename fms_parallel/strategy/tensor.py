@@ -24,12 +24,12 @@ from fms_parallel.strategy.ties import keep_ties
 class TwinStyle(ParallelStyle):
     """The style that swaps a native module for its twin."""
 
-    def __init__(self, sp: bool = False) -> None:
+    def __init__(self, sp: bool = False, parts: str = "all") -> None:
         super().__init__()
-        self.sp = sp
+        self.sp, self.parts = sp, parts
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return adopt(module, device_mesh, self.sp)
+        return adopt(module, device_mesh, self.sp, self.parts)
 
 
 class TensorParallelStrategy(Strategy):
@@ -39,6 +39,7 @@ class TensorParallelStrategy(Strategy):
         mesh: the tp dimension.
         sp: keep norms, residuals and dropout on 1/tp of the tokens.
         loss_parallel: keep logits cut over the vocabulary up to the loss.
+        parts: which halves of a block are cut, as `tp_parts` of a layout.
         plan: name -> style for modules without twins, as `generate_layer_plan` makes it.
     """
 
@@ -48,20 +49,24 @@ class TensorParallelStrategy(Strategy):
         *,
         sp: bool = False,
         loss_parallel: bool = True,
+        parts: str = "all",
         plan: Mapping[str, ParallelStyle] | None = None,
     ) -> None:
         self.mesh, self.sp, self.loss_parallel, self.plan = mesh, sp, loss_parallel, dict(plan or {})
+        self.parts = parts
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """Cut `model` in place.
 
         Raises:
             LayoutError: a module with parameters that has neither a twin nor a place in the plan; tied parameters that
-                are cut differently; sp with a plan made without it, or with a plan beside twins.
+                are cut differently; sp with a plan made without it, or with a plan beside twins; parts to leave whole
+                that the model does not have.
         """
         if self.mesh.size() == 1:
             return model
-        twins = {name: TwinStyle(self.sp) for name in modules_with_twins(model)}
+        refuse_parts(model, self.parts)
+        twins = {name: TwinStyle(self.sp, self.parts) for name in modules_with_twins(model)}
         self._check_plan(twins)
         with keep_ties(model):
             model = parallelize_module(model, self.mesh, {**twins, **self.plan})
@@ -89,6 +94,14 @@ class TensorParallelStrategy(Strategy):
                 f"tp={self.mesh.size()}: {len(lost)} parameters belong to modules without a twin or a style ({shown}). "
                 "Give them a plan: generate_layer_plan(model, patterns)."
             )
+
+
+def refuse_parts(model: nn.Module, parts: str) -> None:
+    """Raises LayoutError when all of the model's modules are cut, whatever `parts` (`tp_parts` of a layout) says."""
+    if parts != "all" and all(twin_of(module, parts) is twin_of(module) for module in model.modules()):
+        raise LayoutError(
+            f"tp_parts={parts}: {type(model).__name__} has no feed-forward of ours that could be left whole; drop it."
+        )
 
 
 def modules_with_twins(model: nn.Module) -> list[str]:

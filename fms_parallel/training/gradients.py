@@ -1,12 +1,12 @@
 """Gradients of a whole mesh: completed, measured and clipped, whatever the layout.
 
 It knows DTensors and process groups, no modules. Works on the local tensors of all parameters at once, so a step costs
-two collectives however many parameters there are.
+few collectives however many parameters there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import prod
 
 import torch
@@ -16,6 +16,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from fms_parallel.errors import TrainingError
 from fms_parallel.strategy.base import compute_device, parallel_of
+
+BUCKET_BYTES = 1 << 26
+"""Of gradients that are summed at once: they are copied together for it."""
 
 
 def check_every_gradient(model: nn.Module) -> None:
@@ -34,10 +37,10 @@ def check_every_gradient(model: nn.Module) -> None:
 
 
 def complete_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sum the gradients that are still partial over a mesh dimension, all of them in one collective per group.
+    """Sum the gradients that are still partial over a mesh dimension, in few collectives per group.
 
-    Under sequence parallelism each rank's norm weights have seen its own tokens only; their gradients are `Partial`
-    DTensors until now. Torch would reduce them one by one when they are used.
+    Under sequence parallelism each rank's norm weights (and uncut feed-forwards) have seen its own tokens only; their
+    gradients are `Partial` DTensors until now. Torch would reduce them one by one when they are used.
     """
     waiting: dict[dist.ProcessGroup, list[nn.Parameter]] = {}
     for parameter in parameters:
@@ -45,7 +48,22 @@ def complete_gradients(parameters: Iterable[nn.Parameter]) -> None:
         if isinstance(gradient, DTensor) and any(isinstance(p, Partial) for p in gradient.placements):
             waiting.setdefault(_partial_group(gradient), []).append(parameter)
     for group, members in waiting.items():
-        _sum_together(members, group)
+        for bucket in _buckets(members):
+            _sum_together(bucket, group)
+
+
+def _buckets(members: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """In order, of `BUCKET_BYTES` or of one gradient."""
+    bucket: list[nn.Parameter] = []
+    held = 0
+    for parameter in members:
+        size = parameter.grad.to_local().nbytes  # type: ignore[union-attr]
+        if bucket and held + size > BUCKET_BYTES:
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(parameter)
+        held += size
+    yield bucket
 
 
 def _partial_group(gradient: DTensor) -> dist.ProcessGroup:

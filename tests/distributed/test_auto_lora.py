@@ -26,6 +26,7 @@ LLAMA: dict[str, Any] = {**SMALL, "kv_heads": 2, "adapters": EVERY}
 CASES: list[Case] = [
     *(("llama", layout, LLAMA) for layout in ("tp=2", "tp=2,sp", "fsdp=2", "dp=2", "cp=2", "pp=2,microbatches=2")),
     ("llama", "tp=2,sp", {**SMALL, "kv_heads": 1, "adapters": EVERY}),
+    ("llama", "tp=2,sp,tp_parts=attention", {**SMALL, "kv_heads": 2, "ffn_bias": True, "adapters": EVERY}),
     ("llama", "tp=2,sp", {**SMALL, "kv_heads": 1, "fused": True, "adapters": FUSED}),
     ("llama", "tp=2", {**SMALL, "fused": True, "attention_bias": True, "ffn_bias": True, "adapters": FUSED}),
     (

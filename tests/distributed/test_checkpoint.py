@@ -42,6 +42,7 @@ from tests.poison import poisoned_memory
 
 Digests = dict[str, str]
 TWO = [("", "tp=2"), ("fsdp=2", "tp=2"), ("tp=2,sp", "fsdp=2"), ("fsdp=2,tp=2", "fsdp=2"), ("tp=2,sp", "dp=2")]
+TWO += [("tp=2,sp,tp_parts=attention", "fsdp=2"), ("fsdp=2", "tp=2,sp,tp_parts=attention")]
 FOUR = [("tp=2,sp", "fsdp=2,tp=2"), ("dp=2", "dp=2,tp=2,sp"), ("fsdp=2", "dp=2,fsdp=2")]
 ONE = [(writer, "") for writer in ("tp=2,sp", "fsdp=2", "dp=2", "fsdp=2,tp=2")]
 """(layout that writes a checkpoint, layout that reads it), by the reader's number of ranks."""
@@ -118,7 +119,8 @@ class Runs(NamedTuple):
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Every writer's checkpoint as every reader finds it."""
     folder = str(tmp_path_factory.mktemp("runs"))
-    written = {**write_all(("",), folder), **run_ranks(write_all, 2, ("tp=2,sp", "fsdp=2", "dp=2"), folder)[0]}
+    two = ("tp=2,sp", "tp=2,sp,tp_parts=attention", "fsdp=2", "dp=2")
+    written = {**write_all(("",), folder), **run_ranks(write_all, 2, two, folder)[0]}
     more, found = run_ranks(write_and_read_four, 4, folder)[0]
     found |= run_ranks(read_all, 2, TWO, folder)[0] | read_all(ONE, folder)
     return Runs(written | more, found)

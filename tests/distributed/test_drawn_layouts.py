@@ -22,7 +22,7 @@ from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.distributed.start import leave
 from fms_parallel.errors import FmsError, LayoutError
 from fms_parallel.fit import check_fit
-from fms_parallel.layout import CP_METHODS, ParallelLayout
+from fms_parallel.layout import CP_METHODS, TP_PARTS, ParallelLayout
 from fms_parallel.models.llama import LLaMAConfig
 from fms_parallel.schedules import SCHEDULES
 from fms_parallel.verify import TOLERANCE, verify
@@ -75,6 +75,7 @@ def layouts(draw: st.DrawFn, world: int) -> ParallelLayout:
     if "tp" in degrees:
         words["sp"] = draw(st.booleans())
         words["loss_parallel"] = draw(st.sampled_from((True, True, False)))
+        words["tp_parts"] = draw(st.sampled_from(TP_PARTS)) if words["sp"] else "all"
     if "cp" in degrees:
         words["cp_method"] = draw(st.sampled_from(CP_METHODS))
     if "pp" in degrees:

@@ -24,8 +24,9 @@ from tests.poison import poisoned_memory
 NEW = 6
 FEW = 5
 """Tokens, of which the last of four ranks has none."""
+TWO = ("tp=2,sp", "tp=2,sp,tp_parts=attention", "fsdp=2", "dp=2", "cp=2")
 LAYOUTS = {
-    2: [("tp=2", 1), ("tp=2", 2), ("tp=2,sp", 2), ("fsdp=2", 2), ("dp=2", 2), ("cp=2", 2)],
+    2: [("tp=2", 1), ("tp=2", 2), *((layout, 2) for layout in TWO)],
     4: [("tp=4", 2), ("fsdp=2,tp=2", 2)],
 }
 CASES = [(world, layout, kv) for world, several in LAYOUTS.items() for layout, kv in several]

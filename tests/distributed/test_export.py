@@ -26,7 +26,7 @@ from tests.checkpoint.llamas import FUSED, TIED, TINY, build
 
 CONFIGS = {name: replace(config, layers=4) for name, config in {"plain": TINY, "tied": TIED, "fused": FUSED}.items()}
 TWO = ("pp=2", "pp=2,schedule=interleaved1f1b,microbatches=4", "pp=2,schedule=zbv,microbatches=4", "cp=2")
-FOUR = ("pp=2,tp=2", "pp=2,fsdp=2", "fsdp=2,tp=2", "cp=2,tp=2,sp", "pp=2,cp=2")
+FOUR = ("pp=2,tp=2", "pp=2,fsdp=2", "fsdp=2,tp=2", "cp=2,tp=2,sp,tp_parts=attention", "pp=2,cp=2")
 LIMIT = 20_000
 WRITERS = export._writers
 

@@ -25,7 +25,7 @@ from tests.poison import poisoned_memory
 KV_HEADS = (1, 2)
 CASES = [
     *((2, "tp=2", 1), (2, "tp=2", 2), (2, "tp=2,sp", 1), (2, "tp=2,sp", 2), (2, "fsdp=2", 2), (2, "dp=2", 2)),
-    (2, "cp=2", 2),
+    *((2, "tp=2,sp,tp_parts=attention", 2), (2, "cp=2", 2)),
     *((4, "tp=4", 1), (4, "tp=4", 2), (4, "fsdp=2,tp=2,sp", 1), (4, "cp=2,tp=2,sp", 2)),
 ]
 """World size, layout, kv heads."""

@@ -42,6 +42,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("pp=2,tp=2", TIED),
     ("pp=2,tp=2,sp,schedule=interleaved1f1b", {"dropout": 0.2, **TIED}),
     ("pp=2,tp=2,sp,schedule=zbv", {}),
+    ("pp=2,tp=2,sp,tp_parts=attention,schedule=zbv", BIASED),
     ("pp=2,fsdp=2", TIED),
     ("pp=2,fsdp=2,schedule=interleaved1f1b,microbatches=4,recompute=full", {}),
     ("pp=2,fsdp=2,schedule=interleaved_zero_bubble", {}),

@@ -44,7 +44,7 @@ RUN: dict[str, Any] = {**OPTIONS, "max_grad_norm": 0.5, "steps": 18}
 CHAIN = {
     2: "fsdp=2,tp=2",
     4: "pp=2,tp=2,sp",
-    6: "tp=4,sp",
+    6: "tp=4,sp,tp_parts=attention",
     8: "pp=2,fsdp=2,stage_split=4,1,schedule=gpipe",
     10: "pp=4,stage_split=1,2,1,1",
     12: "dp=2,fsdp=2",
@@ -148,6 +148,7 @@ def test_eight_layouts_have_the_losses_of_a_run_that_never_switched_and_bitwise_
 PREDICTED = [
     "fsdp=4",
     "fsdp=2,tp=2,sp",
+    "fsdp=2,tp=2,sp,tp_parts=attention",
     "pp=2,tp=2",
     "tp=4",
     "dp=2,fsdp=2",

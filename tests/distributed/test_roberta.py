@@ -31,6 +31,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("roberta", "tp=2,sp", {}),
     ("roberta", "tp=2,sp", BERT),
     ("roberta", "tp=2,sp", DROPS),
+    ("roberta", "tp=2,sp,tp_parts=attention", DROPS),
     ("roberta", "tp=2,sp,recompute=full", DROPS),
     ("roberta", "tp=2,sp,loss_parallel=off", {}),
     ("roberta", "tp=4,sp", {"tied": False}),

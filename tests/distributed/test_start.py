@@ -12,9 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fms_parallel import dynamic
+from fms_parallel.auto import parallelize
 from fms_parallel.distributed.launch import run_ranks
-from fms_parallel.distributed.start import Launch, first_rank_first, leave, pick_device, process_group
+from fms_parallel.distributed.start import Launch, first_rank_first, leave, pick_device, process_group, require_group
 from fms_parallel.errors import ConfigError, RankFailed
+from fms_parallel.inference import InferenceEngine
+from fms_parallel.layout import ParallelLayout
+from fms_parallel.models import get_model
+from fms_parallel.strategy import compose
 
 # ---- what the launcher says -------------------------------------------------------------------------------------
 
@@ -50,6 +56,30 @@ def test_half_a_launch_is_refused(variables: dict[str, str], words: str) -> None
 
 def test_every_rank_computes_on_the_cpu() -> None:
     assert pick_device("cpu", Launch(3, 4, 3, 4)) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf"), 1e12])
+def test_a_timeout_that_is_none_is_refused_before_a_group_starts(seconds: float) -> None:
+    with pytest.raises(ConfigError, match="more than 0 seconds"):
+        process_group("cpu", seconds).__enter__()
+
+
+def test_ranks_without_a_group_are_told_how_to_make_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever forgets it would train as many models of one process, or hear that one rank was started."""
+    require_group()
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    model = get_model("llama", "micro", layers=1, width=16, heads=2, ffn_width=16, vocab_size=16)
+    for ask in (
+        require_group,
+        lambda: get_model("llama", "micro", distributed_strategy="tp=2"),
+        lambda: parallelize(model, "pp=2", {}),
+        lambda: InferenceEngine(model, layout="tp=2"),
+        lambda: compose(model, ParallelLayout.parse("tp=2")),
+        lambda: dynamic.train(model, None),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ConfigError, match=r"2 ranks were started but no process group .*`with process_group\(\):`"):
+            ask()
 
 
 def test_an_unknown_device_type_is_told_the_known_ones() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.tp_vs_sp import measure, worst_rank
+from benchmarks.tp_vs_sp import LAYOUTS, measure, worst_rank
 from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.models import get_config
 
@@ -13,7 +13,7 @@ SIZES = {"width": 64, "heads": 4, "ffn_width": 96, "layers": 2, "vocab_size": 12
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_activations_with_and_without_sp_are_those_of_the_formula(ranks: int) -> None:
-    tp, sp = worst_rank(run_ranks(measure, ranks, SIZES, 64, 2, 1))
+    tp, sp = worst_rank(run_ranks(measure, ranks, LAYOUTS, SIZES, 64, 2, 1))
     assert tp.weight_bytes == sp.weight_bytes
     assert tp.loss == pytest.approx(sp.loss, rel=1e-6)
     shape = get_config("llama", "micro", **SIZES).shape()

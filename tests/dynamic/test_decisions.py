@@ -81,6 +81,19 @@ def test_noise_alone_makes_no_straggler_in_two_hundred_steps() -> None:
             assert heard.hear(steps.min(0).tolist()) == ""
 
 
+def test_a_slow_rank_of_a_tp_group_goes_into_a_stage_with_fewer_blocks() -> None:
+    """Ranks of tp wait for their slowest; a stage can have as many blocks as it is fast."""
+    tp, staged = ParallelLayout.parse("tp=4,sp"), ParallelLayout.parse("pp=2,tp=2,sp,microbatches=8")
+    found = selector(layouts=[tp, staged])
+    found.shape = replace(found.shape, width=1024, ffn_width=2816, head_width=256)  # too large for overheads to count
+    healthy = {one.layout: one.seconds for one in found.candidates(WORK, tp)}
+    slow = {one.layout: one.seconds for one in found.candidates(WORK, tp, (1.0, 1.0, 1.0, 3.0))}
+    assert slow[tp] > 2 * healthy[tp]
+    best = min(slow, key=slow.__getitem__)
+    assert best.pp == 2 and best.stage_split is not None and best.stage_split[0] > best.stage_split[1]
+    assert slow[tp] / slow[best] >= 1.3
+
+
 def test_a_slow_stage_gets_fewer_blocks_and_an_even_split_comes_back() -> None:
     even = ParallelLayout.parse("pp=4,microbatches=8")
     found = selector(layouts=[even])

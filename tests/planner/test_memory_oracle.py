@@ -16,15 +16,17 @@ from fms_parallel.models.build import get_shape
 from fms_parallel.planner import Cluster, Planner, Workload, cost, memory
 from fms_parallel.planner.catalog import Model
 from fms_parallel.planner.columns import Columns
+from fms_parallel.planner.flight import flights
 from fms_parallel.planner.hardware import GIB
-from fms_parallel.planner.software import load_software
+from fms_parallel.planner.software import Software, load_software
 from fms_parallel.simulate import Simulation, simulate, stage_ranks
 
 SIZE: dict[str, Any] = {"vocab_size": 256, "width": 128, "layers": 4, "heads": 8, "kv_heads": 4, "ffn_width": 384}
 B, S = 8, 256
 TENSORS_PER_BLOCK, OUTSIDE = 9, 3
 
-SHARDED = ["", "tp=2", "tp=4,sp", "dp=2", "fsdp=2", "fsdp=2,tp=2,sp", "dp=2,fsdp=2,tp=2", "cp=2,fsdp=2"]
+WHOLE = "tp=4,sp,tp_parts=attention"
+SHARDED = ["", "tp=2", "tp=4,sp", WHOLE, "dp=2", "fsdp=2", "fsdp=2,tp=2,sp", "dp=2,fsdp=2,tp=2", "cp=2,fsdp=2"]
 STAGED = ["pp=2,microbatches=4", "pp=4,tp=2,microbatches=4", "pp=2,fsdp=2,tp=2,sp,microbatches=2"]
 POLICIES = ["recompute=selective", "recompute=full", "tp=2,sp,recompute=full"]
 
@@ -73,7 +75,7 @@ def test_gradients_that_wait_for_the_last_micro_batch_are_counted_whole(words: s
     assert planned_bytes <= waiting <= planned_bytes * (1 + 2 / SIZE["layers"])
 
 
-KEPT = ["", "tp=2", "tp=4,sp", "fsdp=2", "fsdp=2,tp=2,sp", *STAGED, *POLICIES]
+KEPT = ["", "tp=2", "tp=4,sp", WHOLE, "fsdp=2", "fsdp=2,tp=2,sp", *STAGED, *POLICIES]
 
 
 @pytest.mark.parametrize("words", [*KEPT, *(f"{words},precision=bf16" for words in KEPT[1::3])])
@@ -84,26 +86,46 @@ def test_what_a_block_keeps_is_within_two_hundredths(words: str) -> None:
     assert kept == pytest.approx(planned(words)[3], rel=0.02)
 
 
-PEAKS = ["", "tp=2", "tp=4,sp", "fsdp=2", "dp=2", "cp=2", "cp=2,fsdp=2", "recompute=full", "pp=2,microbatches=4"]
+PEAKS = ["", "tp=2", "tp=4,sp", WHOLE, "fsdp=2", "dp=2", "cp=2", "cp=2,fsdp=2", "recompute=full", "pp=2,microbatches=4"]
 PEAKS += ["precision=bf16", "tp=2,sp,precision=bf16"]
 # What a pipeline keeps of what it hands on, and which gradients are there when all activations are.
 PEAKS += ["pp=4,microbatches=8", "pp=2,fsdp=2,microbatches=4"]
 INTERLEAVED = "microbatches=4,schedule=interleaved1f1b,virtual_stages=2"
+# What a backward pass in two halves keeps between them: all of the graph, also where it recomputes, and gradients.
+ZERO_BUBBLE = "schedule=interleaved_zero_bubble,virtual_stages=2"
+PEAKS += ["pp=2,microbatches=4,schedule=dualpipev", "pp=2,tp=2,sp,microbatches=4,schedule=zbv"]
+PEAKS += [f"pp=2,microbatches=8,{ZERO_BUBBLE}", f"pp=2,fsdp=2,recompute=full,microbatches=4,{ZERO_BUBBLE}"]
+PEAKS += ["pp=2,recompute=full,microbatches=4,schedule=zbv,precision=bf16"]
 PEAKS += ["pp=2,microbatches=4,schedule=gpipe", f"pp=2,{INTERLEAVED}", f"pp=2,fsdp=2,recompute=full,{INTERLEAVED}"]
+
+
+def in_use(words: str) -> Software:
+    """The library's habits as the simulation counts them."""
+    native = load_software("native").with_precision(ParallelLayout.parse(words).precision)
+    # What an allocator has reserved besides belongs to devices, and processors cut the loss into smaller pieces.
+    return replace(native, reserve_gb=0, stream_pools=False, logits_at_once=1 << 23)
 
 
 @pytest.mark.parametrize("words", PEAKS)
 def test_the_fullest_moment_is_within_a_twentieth(words: str) -> None:
     layout = ParallelLayout.parse(words)
-    # Processors cut the loss into smaller pieces than GPUs do.
-    native = load_software("native").with_precision(layout.precision)
-    # The simulation counts what is in use; what an allocator has reserved besides belongs to devices.
-    habits = replace(native, reserve_gb=0, stream_pools=False, logits_at_once=1 << 23)
     work = Workload(global_batch=B, sequence=S, precision=layout.precision)
-    planner = Planner(Model("small", get_shape("llama", **SIZE)), Cluster.parse("h100:2"), work, habits)
+    planner = Planner(Model("small", get_shape("llama", **SIZE)), Cluster.parse("h100:2"), work, in_use(words))
     ranks = {stage_ranks(layout)[0], stage_ranks(layout)[-1]}
     found = max(simulated(words, rank).peak for rank in ranks)
     assert planner.estimate(layout).memory_gb * GIB == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("words", ["pp=2,microbatches=8,recompute=full", f"pp=2,microbatches=8,{ZERO_BUBBLE}"])
+def test_each_end_of_a_pipeline_is_within_a_twentieth(words: str, last: bool) -> None:
+    """Also the end that is not the fullest: there most of what is handed on waits in buffers of its own."""
+    layout, shape = ParallelLayout.parse(words), get_shape("llama", **SIZE)
+    columns = Columns.of_layout(layout, B)
+    moments, blocks = flights(columns, last), np.array([SIZE["layers"] / layout.pp])
+    known = (shape, columns, S, in_use(words), None)
+    found = memory.of_stage(*known, blocks, moments, np.array([not last]), np.array([last]))
+    assert found.total[0] == pytest.approx(simulated(words, stage_ranks(layout)[-last]).peak, rel=0.05)
 
 
 def planned_sizes(words: str, kind: str) -> set[float]:
@@ -130,6 +152,9 @@ OF_BLOCKS = 4 * SIZE["layers"] + 2  # each way around attention and feed-forward
     [
         ("tp=2", "all_reduce", "tp", "allreduce", OF_BLOCKS, 8),
         ("tp=2,sp", "reduce_scatter", "tp", "reducescatter", OF_BLOCKS, 0),
+        ("tp=2,sp,tp_parts=attention", "reduce_scatter", "tp", "reducescatter", 2 * SIZE["layers"] + 2, 0),
+        # Gradients of feed-forwards, and of norms.
+        ("tp=2,sp,tp_parts=attention", "all_reduce", "tp", "allreduce", 1, 8 + 4 * 128 * (2 * SIZE["layers"] + 1)),
         ("fsdp=2", "reduce_scatter", "fsdp", "reducescatter", SIZE["layers"], 4 * (2 * 256 + 1) * 128),
         ("pp=2,microbatches=4", "send", "pp", "p2p", 4, 0),
     ],

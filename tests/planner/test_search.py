@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 
-from fms_parallel.errors import ConfigError
+from fms_parallel.errors import ConfigError, LayoutError
 from fms_parallel.layout import ParallelLayout
+from fms_parallel.models.build import get_shape
 from fms_parallel.planner import Cluster, Workload, plan, search
 from fms_parallel.planner.api import Planner, search_with
 from fms_parallel.planner.cli import main
@@ -85,6 +87,8 @@ def test_estimate_of_a_found_layout_is_what_the_search_said() -> None:
         ("recompute=full", lambda c: (c.recompute == 2).all()),
         ("schedule=zbv", lambda c: (c.schedule[c.pp > 1] == 5).all()),
         ("micro_batch>=2", lambda c: (c.micro >= 2).all()),
+        ("tp_parts=attention", lambda c: ((c.tp_parts == 1) & (c.sp == 1)).all()),
+        ("tp_parts=all", lambda c: (c.tp_parts == 0).all()),
     ],
 )
 def test_pins_hold(pin: str, holds: object) -> None:
@@ -104,6 +108,7 @@ def test_pins_hold(pin: str, holds: object) -> None:
         ("tp=x", "whole number"),
         ("tp", "tp<=8"),
         ("schedule=1f", "Did you mean '1f1b'"),
+        ("tp_parts=attn", "Did you mean 'attention'"),
     ],
 )
 def test_wrong_pins_are_named(pin: str, words: str) -> None:
@@ -185,7 +190,7 @@ def test_planning_never_imports_torch() -> None:
 
 
 def test_layout_columns_round_trip() -> None:
-    layout = ParallelLayout.parse("pp=2,fsdp=2,tp=2,sp,microbatches=4,recompute=full,precision=bf16")
+    layout = ParallelLayout.parse("pp=2,fsdp=2,tp=2,sp,tp_parts=attention,microbatches=4,recompute=full,precision=bf16")
     assert Columns.of_layout(layout, 64).layout(0, "bf16") == layout
 
 
@@ -198,3 +203,27 @@ def test_every_layout_of_a_ranking_is_one_that_the_layouts_own_rules_allow() -> 
         assert len({e.layout.schedule for e in results}) == len(SCHEDULES)
         for estimate in results:
             estimate.layout.validate(planner.model.shape)
+
+
+def test_feed_forwards_are_left_whole_where_that_is_faster_and_fits_and_nowhere_else() -> None:
+    """Long rows, of which there are too few for replicas: each layout is weighed against itself without the word."""
+    for sequence, proposed in ((131072, True), (4096, False)):
+        planner = Planner.of("llama:3.2-1b", "h100:8", Workload(1, sequence))
+        results = search_with(planner, Space(), 50).results
+        whole = [estimate for estimate in results if estimate.layout.tp_parts == "attention"]
+        assert bool(whole) == proposed
+        assert not proposed or results[0] is whole[0]
+        for estimate in whole:
+            without = planner.estimate(replace(estimate.layout, tp_parts="all"), estimate.micro_batch)
+            assert estimate.step_time_s < without.step_time_s
+            assert estimate.memory_gb <= planner.cluster.device.memory_gb
+        assert all(e.layout.tp_parts == "all" for e in search_with(planner, Space(exclude=("attention",)), 50).results)
+
+
+def test_experts_are_never_left_whole() -> None:
+    planner = Planner.of("mixtral:8x7b", "h100:64", Workload(8, 131072))
+    assert all(estimate.layout.tp_parts == "all" for estimate in search_with(planner, Space(), 200).results)
+    with pytest.raises(LayoutError, match=r"tp_parts=attention with 8 experts: .* drop it"):
+        planner.estimate(ParallelLayout.parse("fsdp=8,tp=8,sp,tp_parts=attention"))
+    with pytest.raises(LayoutError, match="tp_parts=attention with 8 experts"):
+        ParallelLayout.parse("tp=8,sp,tp_parts=attention").validate(get_shape("mixtral", "8x7b"))
