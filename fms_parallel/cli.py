@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import errno
 import os
 import sys
 import time
@@ -26,11 +27,29 @@ that make the same mistake, and a rank that failed before those that only lost c
 
 BOOLEANS = {"true": True, "false": False}
 
+WAYS_OUT = {
+    errno.ENOSPC: "make room there, or name another place",
+    errno.EDQUOT: "make room there, or name another place",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or name another place",
+    errno.EROFS: "name a place that can be written",
+    errno.EACCES: "ask for the right to it, or name another one",
+    errno.EPERM: "ask for the right to it, or name another one",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path: what it names as a folder is a file",
+    errno.EISDIR: "name a file",
+    errno.EEXIST: "name another one",
+}
+"""What disk or path did to a command -> what its caller can do; any other OSError is a bug."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT, as a shell has it."""
+
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Exit with what `main` returns; an `FmsError` becomes one sentence on stderr and exit code 2, never a traceback.
 
-    Other exceptions are bugs and keep theirs, except that a lost peer is said in one sentence as well.
+    Other exceptions are bugs and keep theirs, except that a disk or path that refuses, a lost peer and Ctrl-C are one
+    sentence as well.
     """
     try:
         code = main()
@@ -41,6 +60,16 @@ def run(main: Callable[[], int]) -> NoReturn:
         # Whoever read the output has had enough (`| head`); nothing more can be written, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        if error.errno not in WAYS_OUT:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _say(f"{where}{error.strerror}; {WAYS_OUT[error.errno]}.", wait=FOLLOWERS_WAIT if _rank() else 0.0)
+        code = 2
+    except KeyboardInterrupt:
+        if not _rank():
+            _say("interrupted.", wait=0.0)
+        code = INTERRUPTED
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST_CONTACT):
             raise

@@ -195,6 +195,9 @@ def train_sentencepiece(
     """
     from sentencepiece import SentencePieceTrainer
 
+    if vocab_size < 1:
+        raise DataError(f"cannot train a sentencepiece model with vocab_size={vocab_size}: it has at least 1 piece.")
+
     lines = _TrainingLines([sources] if isinstance(sources, str | Path) else sources)
     model = io.BytesIO()
     try:

@@ -20,8 +20,8 @@ from fms_parallel.checkpoint.adapter import Adapter
 from fms_parallel.checkpoint.export import save_weights
 from fms_parallel.checkpoint.load import load_weights
 from fms_parallel.checkpoint.low_rank import load_factors, save_factors
-from fms_parallel.distributed.start import Launch, pick_device
-from fms_parallel.errors import CheckpointError, ConfigError, LayoutError, unknown
+from fms_parallel.distributed.start import Launch, pick_device, require_group
+from fms_parallel.errors import CheckpointError, ConfigError, unknown
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.modules.low_rank import LowRank, is_adapter, without_adapters
 from fms_parallel.shape import ModelShape
@@ -128,8 +128,8 @@ def get_model(
     check_linear_type(linear_type, linear_skip, layout, own_fill=fill is not None)
     if model_path is not None:
         check_described(known, config, Path(model_path))
-    if layout.world_size > 1 and not dist.is_initialized():
-        raise LayoutError(f"layout {str(layout)!r} needs {layout.world_size} ranks: start a process group first.")
+    if layout.world_size > 1:
+        require_group()
     device = pick_device(device_type, launch)
     with torch.device("meta"):
         model = known.build(config)

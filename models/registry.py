@@ -139,5 +139,7 @@ def replaced(known: Architecture, config: Any, overrides: Mapping[str, Any]) -> 
             )
     try:
         return replace(config, **overrides)
-    except (TypeError, ArithmeticError) as error:  # a value of another kind, computed with
+    except ArithmeticError as error:
+        raise ConfigError(f"{known.name}: {dict(overrides)} is no config: sizes are at least 1 ({error}).") from error
+    except TypeError as error:  # a value of another kind, computed with
         raise ConfigError(f"{known.name}: {dict(overrides)} is no config: {error}.") from error

@@ -85,6 +85,10 @@ def main() -> int:
     for name in ("seq_len", "batch_size", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} {getattr(args, name)}: must be >= 1.")
+    if args.num_requests < 0:
+        raise ConfigError(f"--num_requests {args.num_requests}: must be >= 0.")
+    if args.use_kv_cache and args.use_kv_manager:
+        raise ConfigError("--use_kv_cache and --use_kv_manager each name a cache: drop one of them.")
     layout = ParallelLayout.parse(args.distributed).resolve(world, int(os.environ.get("LOCAL_WORLD_SIZE", str(world))))
     return measure(args, layout)
 
@@ -224,7 +228,7 @@ def one_mode(
 ) -> tuple[float, list[tuple[float, float]]]:
     """Requests of one mode: memory before the first, then (MB of cache, seconds) of each."""
     name, after = ("SERVING", "cache kept") if serving else ("BATCH", "cache freed")
-    words = {"use_kv_cache": args.use_kv_cache and not args.use_kv_manager, "use_kv_manager": args.use_kv_manager}
+    words = {"use_kv_cache": args.use_kv_cache, "use_kv_manager": args.use_kv_manager}
     rows = []
     with make_engine(args, model, serving_mode=serving, share_prefixes=False, **words) as engine:
         base = held_mb(engine)

@@ -40,7 +40,7 @@ def add_model_flags(parser: argparse.ArgumentParser, architecture: str | None, d
     model.add_argument("--variant", help="one of its variants (default: the first, micro)")
     model.add_argument("--override", action="append", default=[], metavar="FIELD=VALUE", help="replace a config field")
     model.add_argument("--model_path", help="safetensors file or folder to start from; without it, weights are drawn")
-    model.add_argument("--checkpoint_format", help="whose keys --model_path has: hf, native (default: found out)")
+    model.add_argument("--checkpoint_format", help="whose keys --model_path has: hf, meta, native (default: found out)")
     model.add_argument("--distributed", help='the layout, as "fsdp=2,tp=2,sp"; auto: planned; without it one process')
     model.add_argument("--gpus", metavar="SPEC", help="auto: what to plan for, as h100:64 (default: this machine)")
     model.add_argument("--devices", metavar="FILE.json", help="auto: device descriptions, as fms-plan calibrate writes")
@@ -170,10 +170,8 @@ class Progress:
         words = str(layout) or "one process"
         name = f"{model.architecture} {args.variant or ''}".strip()
         print(f"{name}: {shape.parameters():,} parameters, layout {words}", flush=True)
-        print(
-            f"{launch.world_size} ranks on {args.device_type}, {options.batch_size} x {args.seq_len} tokens per step",
-            flush=True,
-        )
+        ranks = "1 rank" if launch.world_size == 1 else f"{launch.world_size} ranks"
+        print(f"{ranks} on {args.device_type}, {options.batch_size} x {args.seq_len} tokens per step", flush=True)
         self.every = options.report_steps
         self.seconds = self.tokens = 0.0
 

@@ -33,9 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--run_folder", help="folder of a training run: gives architecture, tokenizer and newest checkpoint"
     )
     model.add_argument(
-        "--architecture", default="llama", help="hf_pretrained: what model_path/config.json says (default: %(default)s)"
+        "--architecture", help="hf_pretrained: what model_path/config.json says (default: the run's, else llama)"
     )
-    model.add_argument("--variant", help="(default: the architecture's first)")
+    model.add_argument("--variant", help="(default: the run's, else the architecture's first)")
     model.add_argument("--override", action="append", default=[], metavar="FIELD=VALUE", help="replace a config field")
     model.add_argument("--model_path", help="safetensors file or folder")
     model.add_argument("--checkpoint_format", help="whose keys --model_path has: hf, meta, native (default: found out)")
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument("--top_p", type=float, help="sample from the smallest set with this probability")
     text.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     text.add_argument("--no_use_cache", dest="use_cache", action="store_false", help="compute every position each time")
-    text.add_argument("--json", action="store_true", help="one JSON object per prompt: prompt, tokens, text")
+    text.add_argument("--json", action="store_true", help="one JSON object per prompt: prompt, text")
     return parser
 
 
@@ -81,6 +81,7 @@ def main() -> int:
         overrides = read_run(args) | overrides
     elif args.model_path is None:
         raise ConfigError("no weights: give --run_folder FOLDER (of a training run) or --model_path.")
+    args.architecture = args.architecture or "llama"
     return generate_with(args, layout, overrides)
 
 
@@ -88,14 +89,21 @@ def read_run(args: argparse.Namespace) -> dict[str, Any]:
     """Take architecture, variant and tokenizer from a run's run.json; returns its config overrides."""
     if args.model_path is not None:
         raise ConfigError("--run_folder and --model_path both name weights: give one of them.")
+    for name in ("architecture", "variant", "checkpoint_format"):
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name} is what --run_folder {args.run_folder} says itself: drop it.")
     file = Path(args.run_folder) / "run.json"
     if not file.is_file():
         raise CheckpointError(f"{file} is missing: {args.run_folder} is not the --output_path of a training run.")
-    known = json.loads(file.read_text(encoding="utf-8"))
-    args.architecture, args.variant = known["architecture"], known["variant"]
-    args.tokenizer = args.tokenizer or known["tokenizer"]
-    overrides: dict[str, Any] = known["overrides"]
-    return overrides
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        args.architecture, args.variant = known["architecture"], known["variant"]
+        own = file.with_name("tokenizer.model")  # where it is now: a run's folder may have moved
+        moved = not Path(known["tokenizer"]).exists() and own.is_file()
+        args.tokenizer = args.tokenizer or (str(own) if moved else known["tokenizer"])
+        return dict(known["overrides"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{file} is not what a training run wrote ({error!r}): write it anew.") from None
 
 
 def generate_with(args: argparse.Namespace, layout: ParallelLayout, overrides: dict[str, Any]) -> int:

@@ -10,6 +10,7 @@ Rows are random by default, so that it runs anywhere; `--dataset_path` takes a t
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ if __package__ in (None, ""):  # started as a file: then scripts/ is on the path
 
 from fms_parallel.cli import run
 from fms_parallel.distributed.start import pick_device, process_group
-from fms_parallel.errors import ConfigError
+from fms_parallel.errors import ConfigError, TrainingError, unknown
+from fms_parallel.schedules import SCHEDULES
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,18 +52,56 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check(args: argparse.Namespace) -> None:
+    """What can be known to be wrong before a process group starts."""
+    from fms_parallel.auto.tasks import TASKS
+
+    for name in ("steps", "batch_size", "seq_len", "microbatches", "lora_rank"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: must be >= 1.")
+    for name in ("lr", "max_grad_norm"):
+        value = getattr(args, name)
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"--{name} {value}: must be a number > 0.")
+    if args.task is not None and args.task not in TASKS:
+        raise ConfigError(unknown("task", args.task, TASKS))
+    if args.schedule is not None and args.schedule not in SCHEDULES:
+        raise ConfigError(unknown("schedule", args.schedule, SCHEDULES))
+    if args.dataset_path is not None and not Path(args.dataset_path).is_file():
+        raise ConfigError(f"--dataset_path {args.dataset_path}: no such file.")
+    read_split(args.split)
+
+
+def read_split(word: str) -> str | tuple[int, ...]:
+    """`cost` and `even` as they are; `2,2` as numbers."""
+    if word in ("cost", "even"):
+        return word
+    if not all(part.isdecimal() and int(part) for part in word.split(",")):
+        raise ConfigError(f"--split {word}: write cost, even, or the blocks of each stage, as 2,2.")
+    return tuple(int(part) for part in word.split(","))
+
+
 class Rows:
     """Batches for a model: random ones, or windows of a text file, the same on every rank."""
 
     def __init__(self, args: argparse.Namespace, config: Any, kind: str) -> None:
         self.args, self.kind, self.config = args, kind, config
         self.vocabulary = int(getattr(config, "vocab_size", 0))
+        most = getattr(config, "max_position_embeddings", None)
+        if kind == "text" and most is not None and args.seq_len > most:
+            raise ConfigError(f"--seq_len {args.seq_len}: {args.model} has {most} positions; use shorter rows.")
         self.text: Tensor | None = None
         if args.dataset_path is not None:
-            raw = Path(args.dataset_path).read_bytes()
-            if kind != "text" or len(raw) <= args.seq_len:
+            if kind != "text":
                 raise ConfigError(
-                    f"--dataset_path: {len(raw)} bytes for a model of {kind}: give a longer text, or none."
+                    f"--dataset_path is for models of text, and {args.model} reads {kind} input: leave it out."
+                )
+            raw = Path(args.dataset_path).read_bytes()
+            if len(raw) <= args.seq_len:
+                raise ConfigError(
+                    f"--dataset_path {args.dataset_path} has {len(raw)} bytes; a row of --seq_len {args.seq_len} needs "
+                    f"{args.seq_len + 1}: give a longer text or shorter rows."
                 )
             self.text = torch.frombuffer(bytearray(raw), dtype=torch.uint8).long() % self.vocabulary
 
@@ -110,7 +150,6 @@ def train(args: argparse.Namespace) -> None:
             add_lora(skeleton, args.lora.split(","), args.lora_rank)
         kind = KINDS.get(getattr(skeleton, "main_input_name", ""), "text")
         rows = Rows(args, skeleton.config, kind)
-        split = args.split if args.split in ("cost", "even") else tuple(int(n) for n in args.split.split(","))
         engine = parallelize(
             skeleton,
             args.distributed,
@@ -118,7 +157,7 @@ def train(args: argparse.Namespace) -> None:
             task=args.task,
             schedule=args.schedule,
             microbatches=args.microbatches,
-            split=split,
+            split=read_split(args.split),
             weights=folder,
             device=pick_device(args.device_type, launch),
             seed=args.seed,
@@ -127,6 +166,8 @@ def train(args: argparse.Namespace) -> None:
         for step in range(1, args.steps + 1):
             loss = engine.train_step(engine.rows_of(rows.batch(step)))
             norm = engine.clip_grad_norm_(args.max_grad_norm)
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise TrainingError(f"step {step}: loss {float(loss)}, gradient norm {float(norm)}: try a lower --lr.")
             optimizer.step()
             if launch.rank == 0:
                 print(f"step {step:>5}  loss {float(loss):.4f}  norm {float(norm):.3f}", flush=True)
@@ -152,7 +193,9 @@ def _share(batch: dict[str, Tensor], args: argparse.Namespace, world: int) -> di
 
 def main() -> int:
     """Train as the flags say."""
-    train(build_parser().parse_args())
+    args = build_parser().parse_args()
+    check(args)
+    train(args)
     return 0
 
 

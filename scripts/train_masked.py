@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 TASKS = {"masked": "roberta", "classification": "roberta_classification"}
 """--task -> the architecture that it trains."""
 
-OF_OTHER_TASKS = {"masked": ("validation_path",), "classification": ("dataset_style", "dataset_option", "mask_id")}
+OF_OTHER_TASKS = {
+    "masked": ("validation_path", "text_field", "label_field"),
+    "classification": ("dataset_style", "dataset_option", "mask_id"),
+}
 """--task -> flags without a meaning there."""
 
 
@@ -52,8 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     data = common.add_data_flags(parser)
     data.add_argument("--mask_fraction", type=float, default=0.15, help="of tokens that are hidden and asked for")
     data.add_argument("--mask_id", type=int, help="token that hides others (default: the tokenizer's, or a new one)")
-    data.add_argument("--text_field", default="text", help="classification: of the text (default: %(default)s)")
-    data.add_argument("--label_field", default="label", help="classification: of the class (default: %(default)s)")
+    data.add_argument("--text_field", help="classification: of the text (default: text)")
+    data.add_argument("--label_field", help="classification: of the class (default: label)")
     data.add_argument("--validation_path", help="classification: held-out texts (default: --validation_fraction)")
     training = common.add_training_flags(parser)
     training.add_argument("--export_path", help="folder for the trained model in Hugging Face's form")
@@ -71,6 +74,7 @@ def main() -> int:
     for name in OF_OTHER_TASKS[args.task]:
         if getattr(args, name) not in (None, []):
             raise ConfigError(f"--{name} means nothing to --task {args.task}; leave it out.")
+    args.text_field, args.label_field = args.text_field or "text", args.label_field or "label"
     return train_with(args, options, layout, assignments(args.override, "--override"))
 
 

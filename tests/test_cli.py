@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import subprocess
 import sys
 from collections.abc import Callable
@@ -80,7 +81,36 @@ def test_a_lost_peer_is_one_sentence_after_the_rank_that_failed_has_spoken(
     assert waits == [cli.WITNESSES_WAIT] and waits[0] > cli.FOLLOWERS_WAIT
 
 
-@pytest.mark.parametrize("bug", [RuntimeError("shapes cannot be multiplied"), KeyError("x"), ValueError("bad")])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; make room there"),
+        (OSError(errno.EROFS, "Read-only file system", "a/b"), "a/b: Read-only file system; name a place"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a"), "a: No such file or directory; check"),
+    ],
+)
+def test_a_disk_or_path_that_refuses_is_one_sentence_with_a_way_out(
+    capsys: pytest.CaptureFixture[str], waits: list[float], error: OSError, said: str
+) -> None:
+    assert end_of(raiser(error)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {said}") and err.count("\n") == 1
+
+
+def test_ctrl_c_is_one_word_of_the_first_rank(
+    capsys: pytest.CaptureFixture[str], waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert end_of(raiser(KeyboardInterrupt())) == 130
+    assert capsys.readouterr() == ("", "error: interrupted.\n")
+    monkeypatch.setenv("RANK", "1")
+    assert end_of(raiser(KeyboardInterrupt())) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+BUGS = [RuntimeError("shapes cannot be multiplied"), KeyError("x"), ValueError("bad"), OSError(errno.EBADF, "closed")]
+
+
+@pytest.mark.parametrize("bug", BUGS)
 def test_a_bug_is_not_caught(bug: Exception, waits: list[float]) -> None:
     with pytest.raises(type(bug)) as caught:
         run(raiser(bug))

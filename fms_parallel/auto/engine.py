@@ -32,6 +32,7 @@ from fms_parallel.auto.stage import AutoStage
 from fms_parallel.auto.tasks import Task, UserLoss, get_task, repeat_last
 from fms_parallel.checkpoint.training_state import load_training_state, save_training_state
 from fms_parallel.distributed.mesh import build_mesh, data_shard
+from fms_parallel.distributed.start import require_group
 from fms_parallel.errors import ConfigError, TrainingError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.training import offload
@@ -73,8 +74,11 @@ def parallelize(
         device: where this rank computes. dtype: of parameters, when not the model's own.
     Raises:
         LayoutError: the layout cannot be had with this model: no repeated blocks, more stages than blocks, a forward
-            that decides by values, heads that tp does not divide. ConfigError: no task, batch or values.
+            that decides by values, heads that tp does not divide. ConfigError: no task, batch or values; torchrun
+            started ranks and no process group is running.
     """
+    if layout is not None:
+        require_group()
     world = dist.get_world_size() if dist.is_initialized() else 1
     skeleton, values, folder = build_skeleton(model, task if isinstance(task, str) else None)
     wanted, pieces = read_layout(layout, microbatches, schedule, world, skeleton, split, tensor_plan)

@@ -39,6 +39,8 @@ def read_layout(
         LayoutError: a rule that is broken, and the nearest layouts of as many ranks that break none.
     """
     found = ParallelLayout.parse(layout).resolve(world)
+    if microbatches is not None and microbatches < 1:
+        raise LayoutError(f"microbatches={microbatches}: needs a whole number >= 1, as in microbatches=4.")
     if found.pp > 1:  # a schedule has nothing to order otherwise: a script may name one for all its layouts
         words: dict[str, Any] = {"schedule": schedule, "microbatches": microbatches}
         found = replace(found, **{name: word for name, word in words.items() if word is not None})

@@ -63,6 +63,8 @@ def add_lora(
         ConfigError: nothing matches, or something that matches is no linear layer that a block multiplies by.
     """
     names = [name for name, module in model.named_modules() if name and _matches(name, targets)]
+    if rank < 1:
+        raise ConfigError(f"LoRA rank {rank}: must be >= 1, usually 8.")
     if not names:
         raise ConfigError(f"LoRA targets {targets!r} match no module of {type(model).__name__}.")
     parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}

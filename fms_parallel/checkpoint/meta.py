@@ -169,8 +169,13 @@ def _write(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
 
     The file is mapped to be written to, and mapped anew now and then: what was written leaves memory with the mapping.
     """
-    with skip_data():  # no element of these is ever touched, so none takes memory
-        torch.save({key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in tensors.items()}, path)
+    skeleton = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in tensors.items()}
+    try:
+        with skip_data():  # no element of these is ever touched, so none takes memory
+            torch.save(skeleton, path)
+    except RuntimeError as error:  # how torch says that the disk refused
+        raise CheckpointError(f"{path.parent}: weights were not written, the disk may be full: {error}.") from error
+    _take_room(path)
     places: dict[str, Tensor] = {}
     written = 0
     for key, tensor in tensors.items():
@@ -184,3 +189,10 @@ def _write(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     places.clear()
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _take_room(path: Path) -> None:
+    """Have the disk keep room for every byte: a mapped page that it has no room for kills the process (SIGBUS)."""
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

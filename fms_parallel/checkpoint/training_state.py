@@ -51,6 +51,8 @@ from fms_parallel.strategy.base import parallel_of
 logger = get_logger(__name__)
 
 PARTIAL = ".partial"
+DISK_REFUSED = "inline_container.cc"
+"""Where torch finds that fewer bytes are on the disk than were written; it does not say why."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -368,5 +370,6 @@ def _torch_checkpoint(work: str) -> Iterator[None]:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
             yield
     except CheckpointException as error:
-        reasons = (f"rank {rank}: {reason or type(reason).__name__}" for rank, (reason, _) in error.failures.items())
-        raise CheckpointError(f"{work} failed on {'; '.join(reasons)}") from error
+        reasons = [f"rank {rank}: {reason or type(reason).__name__}" for rank, (reason, _) in error.failures.items()]
+        full = " The disk may be full." if any(DISK_REFUSED in reason for reason in reasons) else ""
+        raise CheckpointError(f"{work} failed on {'; '.join(reasons)}.{full}") from error

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fms_parallel import compat
 from fms_parallel.distributed.collectives import Axis
+from fms_parallel.distributed.start import require_group
 from fms_parallel.layout import AXES, ParallelLayout
 
 
@@ -18,8 +19,9 @@ def build_mesh(layout: ParallelLayout, device_type: str = "cpu") -> DeviceMesh:
     """The mesh of a resolved layout over the running process group, whose timeout all its dimensions get.
 
     Raises:
-        LayoutError: the layout needs another number of ranks than the job has.
+        LayoutError: the layout needs another number of ranks than the job has. ConfigError: no process group.
     """
+    require_group()
     layout = layout.resolve(dist.get_world_size())
     mesh = init_device_mesh(device_type, layout.degrees, mesh_dim_names=AXES)
     for group in compat.mesh_groups(mesh):

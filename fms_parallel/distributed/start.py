@@ -20,6 +20,9 @@ from fms_parallel.errors import ConfigError, unknown
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
+LONGEST_TIMEOUT = 1e9
+"""Seconds, 31 years: backends count in nanoseconds of 64 bits."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -81,8 +84,10 @@ def process_group(device_type: str = "cpu", timeout_seconds: float = 600.0) -> I
     A job of one process gets no group at all. Every collective of the job times out after `timeout_seconds`.
 
     Raises:
-        ConfigError: what `Launch.read` and `pick_device` refuse, before the group starts.
+        ConfigError: what `Launch.read` and `pick_device` refuse, or a timeout that is none, before the group starts.
     """
+    if not 0 < timeout_seconds <= LONGEST_TIMEOUT:
+        raise ConfigError(f"timeout {timeout_seconds}: a silent rank is given up after more than 0 seconds, say 600.")
     launch = Launch.read()
     pick_device(device_type, launch)
     if launch.world_size == 1 or dist.is_initialized():
@@ -96,6 +101,20 @@ def process_group(device_type: str = "cpu", timeout_seconds: float = 600.0) -> I
         abandon()
         raise
     leave()
+
+
+def require_group() -> None:
+    """Refuse to go on as one process where the launcher started several ranks and nobody made them a group.
+
+    Raises:
+        ConfigError: several ranks, and no process group is running.
+    """
+    launch = Launch.read()
+    if launch.world_size > 1 and not dist.is_initialized():
+        raise ConfigError(
+            f"{launch.world_size} ranks were started but no process group is running: put these calls inside "
+            "`with process_group():`, from fms_parallel.distributed.start."
+        )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fms_parallel.distributed.start import require_group
 from fms_parallel.errors import ConfigError, LayoutError, unknown
 from fms_parallel.inference.channel import StagedRanks
 from fms_parallel.inference.draft import DraftModel, LookupProposer, ModelProposer
@@ -199,6 +200,7 @@ def distributed(model: nn.Module, layout: str | ParallelLayout | None) -> nn.Mod
     if layout is not None:
         if parallel_of(model).mesh is not None:
             raise LayoutError(f"layout={str(layout)!r} for a model that is spread already: leave it out.")
+        require_group()
         world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         wanted = ParallelLayout.parse(layout) if isinstance(layout, str) else layout
         device = next((p.device for p in model.parameters()), torch.device("cpu"))

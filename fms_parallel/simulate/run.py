@@ -110,6 +110,8 @@ def simulate(
         raise ConfigError("a process group is running: simulate in a process of its own.")
     if not 0 <= rank < layout.world_size:
         raise ConfigError(f"rank {rank}: {layout} has ranks 0 .. {layout.world_size - 1}.")
+    if seq_len < 1 or grad_accum_steps < 1:
+        raise ConfigError(f"seq_len={seq_len}, grad_accum_steps={grad_accum_steps}: both must be >= 1.")
     if batch_size < 1 or batch_size % pieces:
         raise ConfigError(
             f"batch_size={batch_size} does not divide into {layout.data_parallel} shards x {grad_accum_steps} "

@@ -26,6 +26,7 @@ from fms_parallel.checkpoint.training_state import latest_training_state, load_t
 from fms_parallel.data.feed import Feed
 from fms_parallel.data.rows import RowDataset
 from fms_parallel.distributed.mesh import data_shard
+from fms_parallel.distributed.start import require_group
 from fms_parallel.errors import ConfigError, TrainingError
 from fms_parallel.log import get_logger
 from fms_parallel.modules.dropout import Dropout
@@ -94,8 +95,10 @@ def train(
         between_steps: called before every step, on every rank; may `adopt` the run's model in another layout.
         phases: steps from which on rows are longer or batches larger; `data` has rows of the longest.
     Raises:
-        ConfigError: options that contradict each other or the data. TrainingError: see `train_step`.
+        ConfigError: options that contradict each other or the data; several ranks without a process group.
+        TrainingError: see `train_step`.
     """
+    require_group()
     if options is not None and values:
         raise ConfigError(f"give options or their fields, not both ({', '.join(values)}).")
     chosen = options or TrainOptions.of(**values)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -221,6 +224,31 @@ def test_a_failed_write_leaves_the_earlier_files(tmp_path: Path) -> None:
     tensors = {"norm.weight": MemoryTensor(torch.ones(4)), "output.weight": Unreadable(torch.ones(4, 4))}
     with pytest.raises(CheckpointError, match="gone"):
         meta_files(SIZES).write(tmp_path, tensors)
+    assert_same(load(tmp_path), weights())
+    assert not list(tmp_path.glob(f"*{WRITING}"))
+
+
+def test_a_disk_without_room_is_an_error_and_no_fault_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing through a mapping of a file that the disk has no room for would end the process."""
+    write_meta(tmp_path, as_meta(weights(), SIZES), 2)
+    tensors = {"norm.weight": MemoryTensor(torch.ones(100))}
+
+    def full(file: int, start: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device") if length > 400 else AssertionError(length)
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CheckpointError, match=r"weights were not written: .*No space left"):
+        meta_files(SIZES).write(tmp_path, tensors)
+    monkeypatch.undo()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="weights were not written, the disk may be full"):
+            meta_files(SIZES).write(tmp_path, tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert_same(load(tmp_path), weights())
     assert not list(tmp_path.glob(f"*{WRITING}"))
 

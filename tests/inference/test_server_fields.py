@@ -212,6 +212,7 @@ def test_a_key_is_asked_for_under_v1_only() -> None:
     ("words", "sentence"),
     [
         ({"max_queue": -1}, "max_queue=-1: must be >= 0"),
+        ({"port": 65536}, "port=65536: must be <= 65535"),
         ({"drain_timeout": float("nan")}, "drain_timeout=nan: must be a number of seconds"),
         ({"api_key": ""}, "api_key is empty"),
     ],

@@ -48,6 +48,8 @@ def test_serving_mode_keeps_the_cache_and_batch_mode_frees_it(
     ("flags", "sentence"),
     [
         (["--max_new_tokens", "0"], "--max_new_tokens 0: must be >= 1"),
+        (["--num_requests", "-1"], "--num_requests -1: must be >= 0"),
+        (["--use_kv_cache", "--use_kv_manager"], "each name a cache: drop one"),
         (["--compile_mode", "default", "--skip_compile_runs"], "contradict each other"),
         (["--seq_len", "2000"], "max_seq_len=2005 is beyond max_positions=1024"),
     ],

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fms_parallel.errors import FmsError
+from fms_parallel.errors import CheckpointError, ConfigError, FmsError
 from fms_parallel.training.metrics import METRICS, read_metrics
 from scripts import inference, train_causal
 
@@ -46,6 +46,11 @@ def test_a_run_leaves_what_inference_needs(
     ask = ["--run_folder", str(folder), "--prompt", "The ", "--max_new_tokens", "5", "--json"]
     assert command(monkeypatch, inference, *ask) == 0
     assert json.loads(capsys.readouterr().out)["prompt"] == "The "
+    with pytest.raises(ConfigError, match=r"--variant is what --run_folder .* says itself: drop it"):
+        command(monkeypatch, inference, *ask, "--variant", "7b")
+    (folder / "run.json").write_text('{"architecture": "llama"}')
+    with pytest.raises(CheckpointError, match=r"run\.json is not what a training run wrote \(KeyError\('variant'\)\)"):
+        command(monkeypatch, inference, *ask)
 
 
 def test_a_sentencepiece_tokenizer_is_trained_on_the_text(
@@ -56,6 +61,9 @@ def test_a_sentencepiece_tokenizer_is_trained_on_the_text(
     assert command(monkeypatch, train_causal, *SMALL, *words) == 0
     known = json.loads((folder / "run.json").read_text())
     assert known["overrides"]["vocab_size"] == 300 and Path(known["tokenizer"]).is_file()
+    moved = folder.rename(tmp_path / "moved")
+    ask = ["--run_folder", str(moved), "--prompt", "The ", "--max_new_tokens", "2", "--json"]
+    assert command(monkeypatch, inference, *ask) == 0
 
 
 BAD: list[tuple[list[str], list[str]]] = [
@@ -64,6 +72,8 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["--override", "widht=3"], ["'widht'", "'width'"]),
     (["--override", "width"], ["--override", "name=value"]),
     (["--override", "heads=5"], ["192", "5"]),
+    (["--override", "heads=0"], ["'heads': 0", "at least 1"]),
+    (["--timeout", "-1"], ["-1", "more than 0 seconds"]),
     (["--distributed", "tp=2,spp"], ["'spp'", "'sp'"]),
     (["--distributed", "tp=2"], ["2 ranks", "job has 1", "--nproc_per_node=2"]),
     (["--distributed", "pp=2"], ["2 ranks", "job has 1"]),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fms_parallel.errors import ConfigError
+from fms_parallel.errors import ConfigError, TrainingError
 from scripts import train_hf_pipeline
 
 pytest.importorskip("transformers")
@@ -48,9 +49,27 @@ def test_a_text_is_learnt_and_the_folder_is_read_again(
     ("words", "sentence"),
     [
         (["--model", "gpt5"], "unknown architecture 'gpt5'"),
-        (["--model", "vit", "--dataset_path", __file__], "bytes for a model of picture"),
+        (["--model", "vit", "--dataset_path", __file__], "is for models of text"),
+        (["--dataset_path", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--dataset_path", os.devnull], "no such file"),
+        (["--task", "translate"], "unknown task 'translate'"),
+        (["--schedule", "1b1f"], "unknown schedule '1b1f'"),
+        (["--split", "2,b"], "--split 2,b: write cost, even"),
+        (["--split", "0"], "--split 0: write cost, even"),
+        (["--microbatches", "0"], "--microbatches 0: must be >= 1"),
+        (["--batch_size", "-1"], "--batch_size -1: must be >= 1"),
+        (["--seq_len", "0"], "--seq_len 0: must be >= 1"),
+        (["--seq_len", "65"], "--seq_len 65: gpt2 has 64 positions"),
+        (["--steps", "0"], "--steps 0: must be >= 1"),
+        (["--lora_rank", "0"], "--lora_rank 0: must be >= 1"),
+        (["--lr", "nan"], "--lr nan: must be a number > 0"),
     ],
 )
 def test_a_mistake_is_said(words: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=sentence):
         start(monkeypatch, *words)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TrainingError, match=r"step 2: loss nan.*lower --lr"):
+        start(monkeypatch, "--lr", "1e30", "--steps", "3", "--batch_size", "2", "--seq_len", "8")

@@ -247,6 +247,8 @@ def test_dropout_is_simulated_too() -> None:
     ("words", "more", "error", "match"),
     [
         ("fsdp=4", {"batch_size": 6}, ConfigError, "batch_size=6 does not divide into 4 shards x 1 .* 8 would"),
+        ("tp=2", {"seq_len": -1}, ConfigError, "seq_len=-1.* must be >= 1"),
+        ("tp=2", {"grad_accum_steps": 0}, ConfigError, "grad_accum_steps=0.* must be >= 1"),
         ("tp=2", {"rank": 2}, ConfigError, r"rank 2: tp=2 has ranks 0 \.\. 1"),
         ("tp", {}, LayoutError, "tp"),
         ("tp=3", {}, LayoutError, "3"),

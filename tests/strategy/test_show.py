@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,14 @@ def test_every_schedule_is_drawn(schedule: str, tmp_path: Path, capsys: pytest.C
 def test_a_picture_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no schedule to draw"):
         main(["tp=2", "--picture", str(tmp_path / "x.png")])
+    with pytest.raises(ConfigError, match=r"x\.txt: the suffix says what is drawn; use \.png"):
+        main(["pp=2", "--picture", str(tmp_path / "x.txt")])
+
+
+def test_the_command_is_not_imported_by_its_own_package() -> None:
+    """`python -m` would warn of it."""
+    code = "import sys, fms_parallel.training; sys.exit('fms_parallel.strategy.show' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

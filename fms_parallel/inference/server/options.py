@@ -8,6 +8,8 @@ from typing import Any
 
 from fms_parallel.errors import ConfigError
 
+LAST_PORT = 65535
+
 
 def _option(default: Any, about: str, kind: type | None = None) -> Any:
     return field(default=default, metadata={"help": about} | ({} if kind is None else {"type": kind}))
@@ -44,5 +46,7 @@ class ServerOptions:
                 raise ConfigError(f"{one.name}={value}: must be >= {least[one.name]}.")
             if one.name.endswith("_timeout") and not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{one.name}={value}: must be a number of seconds >= 0.")
+        if self.port > LAST_PORT:
+            raise ConfigError(f"port={self.port}: must be <= {LAST_PORT}.")
         if self.api_key == "":
             raise ConfigError("api_key is empty: leave it out to serve everybody.")
