@@ -297,13 +297,21 @@ def _choose(groups: Sequence[_Group], trial: _Trial) -> Choice:
     sizes, width = tuple(w.shape[0] for w in weights), weights[0].shape[1]
     one = sum(sizes) * width * trial.dtype.itemsize
     ring = groups[: -(-trial.scratch.bytes // max(1, one))]
-    seconds = {STORED: trial.time([_stored(group) for group in ring], ring, trial.rows)}
-    for name in NAMES if one else ():  # a rank may hold no row
-        kernels = trial.kernels(name, ring, trial.rows)
-        if kernels:
-            seconds[name] = trial.time(kernels, ring, trial.rows)
+    seconds: dict[str, float] = {}
+    for name in (STORED, *(NAMES if one else ())):  # a rank may hold no row
+        _time(name, ring, trial, seconds)
+    # Whatever disturbs one of them for a moment would decide for the whole run.
+    for name in sorted(seconds, key=lambda name: seconds[name])[1::-1]:
+        _time(name, ring, trial, seconds)
     layout = min(seconds, key=lambda name: seconds[name])
     return _install(groups, trial, Choice(sizes, width, len(groups), layout, seconds))
+
+
+def _time(name: str, ring: Sequence[_Group], trial: _Trial, seconds: dict[str, float]) -> None:
+    """Note the time of a layout, if there is one for these groups; the shorter one of two."""
+    stored = [_stored(group) for group in ring] if name == STORED else []
+    if kernels := stored or trial.kernels(name, ring, trial.rows):
+        seconds[name] = min(trial.time(kernels, ring, trial.rows), seconds.get(name, float("inf")))
 
 
 def _install(groups: Sequence[_Group], trial: _Trial, found: Choice) -> Choice:
