@@ -109,6 +109,17 @@ def add_fields(parser: argparse._ArgumentGroup | argparse.ArgumentParser, fields
         )
 
 
+def add_fast_weights(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """`--fast_weights`, of every command that decodes: `copies` (also when nothing follows) or `compiled`."""
+    parser.add_argument(
+        "--fast_weights",
+        nargs="?",
+        const="copies",
+        choices=("copies", "compiled"),
+        help="lay matrices out for decoding first (one more copy of them), or compile kernels for their shapes as well",
+    )
+
+
 def _read_bool(word: str) -> bool:
     if word.lower() not in BOOLEANS:
         raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")

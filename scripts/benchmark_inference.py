@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fms_parallel.cli import assignments, run
+from fms_parallel.cli import add_fast_weights, assignments, run
 from fms_parallel.errors import ConfigError, FmsError
 from fms_parallel.layout import ParallelLayout
 
@@ -46,13 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--device_type", default="cpu", choices=("cpu", "cuda"))
     model.add_argument("--default_dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="of the parameters")
     model.add_argument("--distributed", help='the layout, such as "tp=2"; without it one process')
-    model.add_argument(
-        "--fast_weights",
-        nargs="?",
-        const="copies",
-        choices=("copies", "compiled"),
-        help="lay matrices out for decoding first (one more copy of them), or compile kernels for their shapes as well",
-    )
+    add_fast_weights(model)
     model.add_argument("--timeout", type=float, default=600.0, help="seconds until a silent rank is given up")
     work = parser.add_argument_group("work")
     work.add_argument("--seq_len", type=int, default=512, help="tokens of a prompt (default: %(default)s)")

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fms_parallel.cli import assignments, run
+from fms_parallel.cli import add_fast_weights, assignments, run
 from fms_parallel.errors import CheckpointError, ConfigError
 from fms_parallel.layout import ParallelLayout
 
@@ -43,13 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--tokenizer", help="char or a file (default: the run's, else char)")
     model.add_argument("--distributed", help='the layout, such as "tp=2"; without it one process')
     model.add_argument("--device_type", default="cpu", choices=("cpu", "cuda"))
-    model.add_argument(
-        "--fast_weights",
-        nargs="?",
-        const="copies",
-        choices=("copies", "compiled"),
-        help="lay matrices out for decoding first (one more copy of them), or compile kernels for their shapes as well",
-    )
+    add_fast_weights(model)
     model.add_argument("--timeout", type=float, default=600.0, help="seconds until a silent rank is given up")
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", action="append", help="may be given several times: one batch")

@@ -22,7 +22,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fms_parallel.cli import add_fields, assignments, run
+from fms_parallel.cli import add_fast_weights, add_fields, assignments, run
 from fms_parallel.errors import ConfigError
 from fms_parallel.inference.server.options import ServerOptions
 from fms_parallel.layout import ParallelLayout
@@ -65,13 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     engine.add_argument("--cache_tokens", type=int, help="of the paged cache (default: max_batch_size * max_seq_len)")
     engine.add_argument("--block_size", type=int, default=16, help="tokens of its blocks (default: %(default)s)")
     engine.add_argument("--max_step_tokens", type=int, default=512, help="of all rows in a step (default: %(default)s)")
-    engine.add_argument(
-        "--fast_weights",
-        nargs="?",
-        const="copies",
-        choices=("copies", "compiled"),
-        help="lay matrices out for decoding first (one more copy of them), or compile kernels for their shapes as well",
-    )
+    add_fast_weights(engine)
     engine.add_argument("--prompt_lookup", type=int, metavar="N", help="propose N tokens that followed before")
     add_fields(parser.add_argument_group("server"), fields(ServerOptions))
     return parser

@@ -203,6 +203,7 @@ def _part(name: str, value: Any) -> str:
 
 
 def mapping(name: str, value: Any) -> dict[str, Any]:
+    """An object."""
     if not isinstance(value, dict):
         raise bad(name, f"{name}={shown(value)}: must be an object.")
     return value
