@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -50,14 +51,16 @@ BEGINS, ENDS, STEPS = 20, 60, 84
 class Work:
     """How long a block works on this rank, now."""
 
-    def __init__(self, seconds: float, noise: float, numbers: int | None = None) -> None:
-        """Seconds for activations of so many numbers; None: for any."""
-        self.seconds, self.noise, self.factor, self.numbers = seconds, noise, 1.0, numbers
+    def __init__(
+        self, seconds: float, noise: float, numbers: int | None = None, spend: Callable[[float], None] = time.sleep
+    ) -> None:
+        """Seconds for activations of so many numbers, None: for any; `spend` lets them pass."""
+        self.seconds, self.noise, self.factor, self.numbers, self.spend = seconds, noise, 1.0, numbers, spend
         self.draws = Random(dist.get_rank() if dist.is_initialized() else 0)
 
     def do(self, x: Tensor) -> None:
         share = x.numel() / self.numbers if self.numbers else 1.0
-        time.sleep(share * self.seconds * self.factor * self.draws.lognormvariate(0.0, self.noise))
+        self.spend(share * self.seconds * self.factor * self.draws.lognormvariate(0.0, self.noise))
 
 
 class Working(torch.autograd.Function):

@@ -31,10 +31,13 @@ class BlockClock:
     """Times every pass through the repeated blocks of a model, until it is detached.
 
     Blocks that torch.compile has are left alone: a clock inside would cut their graphs.
+
+    Args:
+        now: the clock on a CPU, seconds. On a GPU its events are asked.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+    def __init__(self, model: nn.Module, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
+        self._on_gpu, self._seconds = device.type == "cuda", now
         self._passes: dict[str, list[tuple[Mark, Mark]]] = {"forward": [], "backward": []}
         self._waits: list[tuple[Mark, Mark]] = []
         self._axes: list[tuple[TPModule, Axis]] = []
@@ -107,7 +110,7 @@ class BlockClock:
 
     def _now(self) -> Mark:
         if not self._on_gpu:
-            return Mark(time.perf_counter(), len(self._waits))
+            return Mark(self._seconds(), len(self._waits))
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return Mark(event, len(self._waits))

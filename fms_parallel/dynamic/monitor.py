@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, median
@@ -94,10 +94,11 @@ class Monitor:
 
     Args:
         every: steps of a window. profile: measure communication in one step per layout, with torch's profiler.
+        now: the clock, seconds.
     """
 
-    def __init__(self, every: int = 3, profile: bool = False) -> None:
-        self.every, self.profile = every, profile
+    def __init__(self, every: int = 3, profile: bool = False, now: Callable[[], float] = time.perf_counter) -> None:
+        self.every, self.profile, self._now = every, profile, now
         self._clock: BlockClock | None = None
         self._loader = 0.0
         self._lasted: float | None = None
@@ -109,13 +110,13 @@ class Monitor:
         parallel = parallel_of(model)
         self.layout, self.pp = str(parallel.layout), parallel.layout.pp
         self.device = compute_device(next(model.parameters()))
-        self._clock = BlockClock(model, self.device)
+        self._clock = BlockClock(model, self.device, self._now)
         self._seconds: list[float] = []
         self._loads: list[float] = []
         self._blocks: list[tuple[float, float]] = []
         self._count, self._bad, self._asked = 0, False, False
         self._talk = math.nan
-        self._mark = time.perf_counter()
+        self._mark = self._now()
 
     def detach(self) -> None:
         """Stop measuring."""
@@ -134,11 +135,11 @@ class Monitor:
 
     def restart(self) -> None:
         """A step begins now: what came since the last one belongs to none."""
-        self._mark = time.perf_counter()
+        self._mark = self._now()
 
     def step_done(self, bad: bool = False, asked: bool = False) -> bool:
         """A step has ended; whether a window has. Warming steps are not counted."""
-        now = time.perf_counter()
+        now = self._now()
         self._count += 1
         profiled = self._stop_profiling()
         assert self._clock is not None
@@ -152,7 +153,7 @@ class Monitor:
         if self.profile and self._count == WARM:
             self._profiler = torch.profiler.profile(activities=_activities(self.device))
             self._profiler.start()
-        self._mark = time.perf_counter()
+        self._mark = self._now()
         return self._count % self.every == 0
 
     def gather(self, step: int) -> Window:
@@ -160,7 +161,7 @@ class Monitor:
         mine = self._window()
         self._seconds, self._loads, self._blocks, self._bad = [], [], [], False
         ranks = [RankWindow(*numbers) for numbers in _from_all([getattr(mine, f.name) for f in fields(mine)], self)]
-        self._mark = time.perf_counter()
+        self._mark = self._now()
         return summarised(step, self.layout, self.pp, ranks)
 
     def _window(self) -> RankWindow:
@@ -187,7 +188,7 @@ class Monitor:
         """End the profiled step, if there is one, and note its communication."""
         if self._profiler is None:
             return False
-        spent = max(time.perf_counter() - self._mark, 1e-9)
+        spent = max(self._now() - self._mark, 1e-9)
         self._profiler.stop()
         messages = [(e.time_range.start, e.time_range.end) for e in self._profiler.events() if _is_message(e.name)]
         self._talk, self._profiler = min(_covered(messages) / 1e6 / spent, 1.0), None

