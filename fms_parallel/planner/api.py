@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fms_parallel.errors import ConfigError
 from fms_parallel.layout import ParallelLayout
-from fms_parallel.planner import filed, memory, mixed, schedule
+from fms_parallel.planner import filed, mixed, schedule
 from fms_parallel.planner.catalog import Model, find_model
 from fms_parallel.planner.columns import SCHEDULES, Columns
 from fms_parallel.planner.cost import CostModel, Costs
@@ -25,13 +25,12 @@ from fms_parallel.planner.hardware import GIB, Cluster, Device
 from fms_parallel.planner.operators import Workload
 from fms_parallel.planner.simulate import Stages
 from fms_parallel.planner.software import Software, load_software
-from fms_parallel.planner.space import Space, candidates, kept_blocks, rejections, tp_parts
+from fms_parallel.planner.space import Space, candidates, rejections
+from fms_parallel.planner.variants import variants
 from fms_parallel.shape import ModelShape
 
 Array = NDArray[Any]
 
-SPARE = 0.05
-"""Part of the memory that blocks which stay gathered leave free."""
 TOO_LARGE = "does not fit in memory"
 TOO_SLOW = "slower than --deadline and --budget allow"
 CHUNK = 1 << 16
@@ -302,14 +301,10 @@ def search_with(planner: Planner, space: Space, top: int, step_limit: float | No
         _note(counts, examples, TOO_SLOW, part, slow)
         order = fits[np.argsort(seconds[fits], kind="stable")[:top]]
         best += [(e.step_time_s, e) for e in planner.estimates(part, costs, order)]
-        if kept_blocks(space) == [0]:
-            count, faster = _keeping(planner, part.take(fits), used[fits], seconds[fits], space, top)
-            more += count
-            best += [(e.step_time_s, e) for e in faster]
-        if len(tp_parts(space)) == 1:
-            count, faster = _leaving_whole(planner, part.take(fits), seconds[fits], space, top)
-            more += count
-            best += [(e.step_time_s, e) for e in faster]
+        bar = sorted(time for time, _ in best)[top - 1] if len(best) >= top else np.inf
+        count, faster = variants(planner, part, costs, fits, space, top, bar)
+        more += count
+        best += [(e.step_time_s, e) for e in faster]
     if len(planner.cluster.groups) > 1:
         best += [(e.step_time_s, e) for e in mixed.estimates(planner, columns, top) if e.step_time_s <= most]
     best.sort(key=lambda pair: pair[0])
@@ -317,49 +312,6 @@ def search_with(planner: Planner, space: Space, top: int, step_limit: float | No
     spent = time.perf_counter() - began
     looked, fitting = len(everything) + more, fitting + more
     return Result(planner.model, planner.cluster, workload, looked, fitting, spent, counts, results, examples)
-
-
-def _keeping(
-    planner: Planner, columns: Columns, used: Array, seconds: Array, space: Space, top: int
-) -> tuple[int, Iterable[Estimate]]:
-    """Layouts that fit, with as many blocks kept gathered as there is room for: how many get faster, and the best.
-
-    A block that stays gathered spares a step its second gather and costs its memory, each block as much as the others:
-    so the most that fit are best. A twentieth of the memory stays free, for memory is not predicted to the last byte.
-    """
-    able = np.flatnonzero((columns.pp == 1) & (columns.fsdp > 1))
-    if not len(able):
-        return 0, ()
-    shape, limit = planner.model.shape, planner.cluster.device.memory_gb * GIB
-    tried = columns.take(able)
-    block = memory.States(shape, tried, planner.software, planner.model.experts).block()
-    room = (limit * (1 - SPARE) - used[able]) // (block * planner.software.working_bytes)
-    # Two blocks at a time are there anyway.
-    tried = tried.with_(kept=np.clip(room + 2, min(2, shape.layers), shape.layers).astype(np.int64))
-    return _faster(planner, tried, seconds[able], space, top)
-
-
-def _leaving_whole(
-    planner: Planner, columns: Columns, seconds: Array, space: Space, top: int
-) -> tuple[int, Iterable[Estimate]]:
-    """The fastest layouts with sp, with feed-forwards that tp does not cut: how many get faster by it, and the best."""
-    able = np.flatnonzero(columns.sp == 1)
-    able = able[np.argsort(seconds[able], kind="stable")[:top]]
-    if not len(able):
-        return 0, ()
-    tried = columns.take(able).with_(tp_parts=np.ones(len(able), dtype=np.int64))
-    return _faster(planner, tried, seconds[able], space, top)
-
-
-def _faster(planner: Planner, tried: Columns, seconds: Array, space: Space, top: int) -> tuple[int, Iterable[Estimate]]:
-    """How many of the layouts can be, fit, and take less than `seconds`; and the best of them."""
-    costs = planner.costs.evaluate(tried)
-    good = (costs.memory.total <= planner.cluster.device.memory_gb * GIB) & (costs.times.total < seconds * (1 - 1e-6))
-    for mask in rejections(tried, planner.sizes, planner.workload.sequence, space).values():
-        good &= ~mask
-    fits = np.flatnonzero(good)
-    order = fits[np.argsort(costs.times.total[fits], kind="stable")[:top]]
-    return len(fits), planner.estimates(tried, costs, order)
 
 
 def _apply_rules(planner: Planner, columns: Columns, space: Space) -> tuple[Array, dict[str, int], dict[str, str]]:

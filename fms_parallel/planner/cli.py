@@ -47,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="commands:\n" + "\n".join(f"  {name:14} {text}" for name, text in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below; `command --help`")
+    parser.add_argument("command", metavar="command", help="one of those below; `command --help`")
     parser.parse_args(words[:1])
-    return 2  # parse_args has said what is wrong; nothing else comes here
+    raise ConfigError(unknown("command", words[0], COMMANDS))
 
 
 COMPAT = {"tpe": "search_tpe", "fasop": "search_fasop"}
@@ -57,12 +57,8 @@ COMPAT = {"tpe": "search_tpe", "fasop": "search_fasop"}
 
 
 def _run_command(name: str, words: list[str]) -> int:
-    if name == "search" and "--compat" in words:
-        at = words.index("--compat")
-        word = words[at + 1] if at + 1 < len(words) else ""
-        if word not in COMPAT:
-            raise ConfigError(unknown("--compat", word, COMPAT))
-        name, words = COMPAT[word], words[:at] + words[at + 2 :]
+    if name == "search":
+        name, words = _whose_search(words)
     module = import_module(f"fms_parallel.planner.commands.{name.replace('-', '_')}")
     parser = argparse.ArgumentParser(
         prog=f"fms-plan {name.replace('_', ' --compat ')}",
@@ -72,7 +68,7 @@ def _run_command(name: str, words: list[str]) -> int:
     module.add_arguments(parser)
     args = parser.parse_args(words)
     if name != "make-profile":
-        _check_files(vars(args))
+        _check_files(vars(args), positional=name == "pareto-plot")
     try:
         code: int = module.run(args)
     except OSError as error:
@@ -82,13 +78,27 @@ def _run_command(name: str, words: list[str]) -> int:
     return code
 
 
-def _check_files(flags: Mapping[str, object]) -> None:
+def _whose_search(words: list[str]) -> tuple[str, list[str]]:
+    """The search that `--compat WORD` or `--compat=WORD` names, and the other words."""
+    at = next((i for i, word in enumerate(words) if word == "--compat" or word.startswith("--compat=")), None)
+    if at is None:
+        return "search", words
+    _, joined, word = words[at].partition("=")
+    rest = words[at + 1 :]
+    if not joined and rest:
+        word, rest = rest[0], rest[1:]
+    if word not in COMPAT:
+        raise ConfigError(unknown("--compat", word, COMPAT))
+    return COMPAT[word], words[:at] + rest
+
+
+def _check_files(flags: Mapping[str, object], positional: bool) -> None:
     """Raises ConfigError for a file that cannot be written where a flag puts it; before anything is computed."""
     for name in WRITTEN:
         path = flags.get(name)
         if isinstance(path, str) and path:
             folder = os.path.dirname(path) or "."
-            shown = f"--{name.replace('_', '-')} {path}"
+            shown = path if positional else f"--{name.replace('_', '-')} {path}"
             if not os.path.isdir(folder):
                 raise ConfigError(f"{shown}: there is no folder {folder}: make it first, or give another path.")
             if os.path.isdir(path):

@@ -67,6 +67,12 @@ class Costs:
     last: Array
     full: Array
 
+    def take(self, which: Array) -> Costs:
+        """The rows that an index array picks."""
+        times = Times(**{f.name: getattr(self.times, f.name)[which] for f in fields(Times)})
+        peak = memory.Memory(**{f.name: getattr(self.memory, f.name)[which] for f in fields(memory.Memory)})
+        return Costs(times, peak, self.most[which], self.last[which], self.full[which])
+
 
 @dataclass(frozen=True)
 class CostModel:

@@ -76,7 +76,13 @@ def read_measured(path: str | Path) -> list[Table]:
         entries = content["tables"]
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ConfigError(f"{path}: tables: needs a list of objects; see --help for the forms.")
-        return [table for entry in content["tables"] for table in _published(path, entry)]
+        found = [table for entry in entries for table in _published(path, entry)]
+        if not found:
+            raise ConfigError(
+                f"{path}: tables: none of {len(entries)} in a form that is read: rows with hidden, heads, layers, or "
+                "torchtitan's tables with their captions; see --help."
+            )
+        return found
     rows = {key: value for key, value in content.items() if isinstance(value, list) and value}
     if not rows:
         raise ConfigError(f"{path}: neither rows nor tables of measurements; see --help for the forms.")
@@ -105,7 +111,7 @@ def _check(row: Mapping[str, Any], *names: str) -> None:
     """Raises KeyError for a column that is missing, ValueError for one that is no number > 0."""
     for name in names:
         value = row[name]
-        if isinstance(value, bool) or not 0 < float(value) < float("inf"):
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
             raise ValueError(f"{name}={value!r}: needs a number > 0")
 
 
@@ -287,41 +293,41 @@ def _torchtitan_case(
     if "rowwise" in words.lower() or not re.search(r"batch size", caption, re.IGNORECASE):
         return None  # rowwise scaling is another algorithm; without a batch size nothing can be predicted
     gpus = _number(r"(\d+) (?:GPUs|H100s)", caption, 8)
-    degree = {
-        axis: _number(rf"{axis}\s*=?\s*(\d+)", row[0], _number(rf"{axis}\s*=?\s*(\d+)", caption, 1))
-        for axis in ("tp", "pp", "cp")
-    }
-    fsdp = _number(r"FSDP\s*=?\s*(\d+)", row[0], _number(r"FSDP\s*=?\s*(\d+)", caption, 0))
-    fsdp = fsdp or gpus // (degree["tp"] * degree["pp"] * degree["cp"])
     local = _number(r"local batch size (\d+)", caption, 1)
     sequence = next((int(row[i]) for i, c in enumerate(columns) if "sequence" in c), int(entry.get("seq", 8192)))
     tps = float(row[speed].replace(",", ""))
-    memory = next((float(row[i]) for i, c in enumerate(columns) if "memory" in c), None)
     compiled = "compile" in words.lower()
-    asynchronous = "async" in f"{caption} {row[0]} {columns[speed]}".lower() and "vanilla" not in columns[speed]
-    settings = {
-        **degree,
-        "fsdp": fsdp,
-        "sp": int(degree["tp"] > 1),
-        "recompute": 2 if re.search(r"full (activation|AC)", caption, re.IGNORECASE) else 1,
-        # Its pipeline cuts a batch into as many micro-batches as there are stages unless told otherwise.
-        "micro": max(local // degree["pp"], 1),
-        "count": min(degree["pp"], local),
-    }
-    interleaved = "interleaved" in row[0].lower()
-    if interleaved:
-        settings |= {"schedule": 2, "virtual": 2}
-    batch = local * fsdp
-    software = "torchtitan" + ("-compile" if compiled else "") + ("-async" if asynchronous else "")
+    asynchronous = "async" in words.lower() and "vanilla" not in columns[speed]
+    settings = _torchtitan_settings(caption, row[0], gpus, local)
+    batch = local * settings["fsdp"]
     return Case(
         label=f"{row[0]} {columns[speed]} {gpus} GPUs S={sequence}",
         shape=model,
         device=_hardware(str(entry.get("hardware", "")), settings)[0],
-        software=software,
+        software="torchtitan" + ("-compile" if compiled else "") + ("-async" if asynchronous else ""),
         precision="fp8" if "float8" in words.lower() else "bf16",
         sequence=sequence,
         global_batch=batch,
         settings=settings,
         seconds=batch * sequence / (tps * gpus),
-        memory_gb=memory,
+        memory_gb=next((float(row[i]) for i, c in enumerate(columns) if "memory" in c), None),
     )
+
+
+def _torchtitan_settings(caption: str, cell: str, gpus: int, local: int) -> dict[str, int]:
+    """Columns of the layout: what a row's first cell says counts over the caption of its table."""
+    degree = {
+        axis: _number(rf"{axis}\s*=?\s*(\d+)", cell, _number(rf"{axis}\s*=?\s*(\d+)", caption, 1))
+        for axis in ("tp", "pp", "cp")
+    }
+    fsdp = _number(r"FSDP\s*=?\s*(\d+)", cell, _number(r"FSDP\s*=?\s*(\d+)", caption, 0))
+    return {
+        **degree,
+        "fsdp": fsdp or gpus // (degree["tp"] * degree["pp"] * degree["cp"]),
+        "sp": int(degree["tp"] > 1),
+        "recompute": 2 if re.search(r"full (activation|AC)", caption, re.IGNORECASE) else 1,
+        # Its pipeline cuts a batch into as many micro-batches as there are stages unless told otherwise.
+        "micro": max(local // degree["pp"], 1),
+        "count": min(degree["pp"], local),
+        **({"schedule": 2, "virtual": 2} if "interleaved" in cell.lower() else {}),
+    }

@@ -20,7 +20,7 @@ table{border-collapse:collapse;width:100%;font-size:13px}th{cursor:pointer;backg
 td,th{padding:.25em .6em;border-bottom:1px solid #ddd;text-align:right}td:last-child,th:last-child{text-align:left}
 tr.best{background:#efe}svg{max-width:100%;height:auto}.legend span{display:inline-block;margin-right:1em}
 .legend i{display:inline-block;width:.8em;height:.8em;margin-right:.3em}code{background:#f4f4f4;padding:.2em .4em}
-td code{overflow-wrap:anywhere}
+td:last-child{min-width:12em}td code{overflow-wrap:anywhere}
 pre{background:#f4f4f4;padding:.8em;white-space:pre-wrap;overflow-wrap:anywhere}
 """
 
@@ -53,7 +53,7 @@ def as_html(result: Result, launch: str, events: Sequence[Event] = ()) -> str:
         "<h2>Time against memory</h2>" + _pareto(result.results),
     ]
     if events:
-        parts.append("<h2>The first layout's pipeline</h2>" + _schedule(events))
+        parts.append("<h2>The first layout's pipeline</h2>" + _schedule(events, result.results[0].micro_batches))
     parts.append("<h2>Why others were rejected</h2>" + _rejected(result.rejected))
     parts.append(f"<h2>To run the first one</h2><pre>{html.escape(launch)}</pre>")
     return (
@@ -76,7 +76,7 @@ def _table(estimates: Sequence[Estimate]) -> str:
             (e.margin, f"{e.margin:.0%}"),
             (cost, f"{cost:.2f}"),
             (e.micro_batch, f"{e.micro_batch} x {e.micro_batches}"),
-            (str(e.layout), f"<code>{html.escape(str(e.layout) or 'one process')}</code>"),
+            (str(e.layout), f"<code>{html.escape(str(e.layout) or 'one process').replace(',', ',<wbr>')}</code>"),
         )
         columns = "".join(f'<td data-value="{html.escape(str(value))}">{text}</td>' for value, text in cells)
         rows.append(f"<tr{' class=best' if rank == 1 else ''}>{columns}</tr>")
@@ -113,35 +113,51 @@ def _svg(shapes: Sequence[str], height: float) -> str:
 
 
 def _pareto(estimates: Sequence[Estimate]) -> str:
-    """Step time against memory; filled: no other layout is better in both."""
-    times, sizes = [e.step_time_s for e in estimates], [e.memory_gb for e in estimates]
+    """Step time against memory; filled: no other layout is better in both. Layouts of one point share it."""
+    points: dict[tuple[float, float], list[int]] = {}
+    for rank, e in enumerate(estimates, 1):
+        points.setdefault((float(f"{e.step_time_s:.5g}"), float(f"{e.memory_gb:.4g}")), []).append(rank)
+    times, sizes = ([point[i] for point in points] for i in (0, 1))
     x0, x1, y0, y1 = min(sizes) * 0.95, max(sizes) * 1.05, min(times) * 0.98, max(times) * 1.02
     shapes = [f'<rect x="50" y="10" width="{WIDTH - 70}" height="240" fill="none" stroke="#999"/>']
-    for rank, (t, m) in enumerate(zip(times, sizes, strict=True), 1):
+    for part in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x, y = 50 + part * (WIDTH - 70), 250 - part * 240
+        shapes.append(_label(x, 264, f"{x0 + part * (x1 - x0):.3g}", "middle"))
+        shapes.append(_label(46, y + 4, f"{y0 + part * (y1 - y0):.3g}", "end"))
+    for (t, m), ranks in points.items():
         x, y = 50 + (m - x0) / (x1 - x0) * (WIDTH - 70), 250 - (t - y0) / (y1 - y0) * 240
-        alone = not any(a <= t and b <= m and (a, b) != (t, m) for a, b in zip(times, sizes, strict=True))
-        tip = f"<title>{rank}: {t:.3f} s, {m:.1f} GiB</title>"
+        alone = not any(a <= t and b <= m and (a, b) != (t, m) for a, b in points)
+        words = ", ".join(map(str, ranks))
+        tip = f"<title>{words}: {t:g} s, {m:g} GiB</title>"
         fill = "#228833" if alone else "#fff"
         shapes.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{fill}" stroke="#228833">{tip}</circle>')
-        shapes.append(f'<text x="{x + 7:.1f}" y="{y + 4:.1f}" font-size="11">{rank}</text>')
-    shapes.append(f'<text x="{WIDTH / 2}" y="275" font-size="12">GiB of the fullest rank: {x0:.0f} to {x1:.0f}</text>')
-    shapes.append(f'<text x="12" y="140" font-size="12" transform="rotate(-90 12 140)">s: {y0:.2f} to {y1:.2f}</text>')
-    return _svg(shapes, 285)
+        shapes.append(_label(x + 7, y + 4, words))
+    shapes.append(_label(WIDTH / 2, 280, "GiB of the fullest rank", "middle"))
+    shapes.append('<text x="12" y="150" font-size="12" transform="rotate(-90 12 150)">seconds of a step</text>')
+    return "<p>Filled: none of the others is better in both.</p>" + _svg(shapes, 290)
 
 
-def _schedule(events: Sequence[Event]) -> str:
+def _label(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="11" text-anchor="{anchor}">{text}</text>'
+
+
+def _schedule(events: Sequence[Event], micros: int) -> str:
+    """The timeline, of as many of the `micros` micro-batches as there are events of."""
     colours = {"F": "#4477aa", "B": "#66ccee", "W": "#ccbb44"}
     end = makespan(events)
     ranks = max(event.rank for event in events) + 1
-    shapes = [f'<text x="0" y="{15 + 18 * r}" font-size="11">rank {r}</text>' for r in range(ranks)]
+    shapes = [_label(0, 15 + 18 * rank, f"rank {rank}") for rank in range(ranks)]
     for event in events:
         x, width = 60 + event.start / end * (WIDTH - 70), (event.end - event.start) / end * (WIDTH - 70)
         tip = f"<title>{event.work.kind} stage {event.work.stage} micro-batch {event.work.micro}</title>"
         place = f'x="{x:.1f}" y="{3 + 18 * event.rank}" width="{max(width, 0.3):.1f}" height="15"'
         shapes.append(f'<rect {place} fill="{colours[event.work.kind]}" stroke="#fff" stroke-width=".3">{tip}</rect>')
     words = {"F": "forward", "B": "backward", "W": "weight gradients"}
-    legend = "".join(f'<span><i style="background:{colours[k]}"></i>{words[k]}</span>' for k in words)
-    return f'<p class="legend">{legend}{end:.3f} s</p>' + _svg(shapes, 10 + 18 * ranks)
+    there = {event.work.kind for event in events}
+    legend = "".join(f'<span><i style="background:{colours[k]}"></i>{words[k]}</span>' for k in words if k in there)
+    shown = max(event.work.micro for event in events) + 1
+    part = f"with {shown} of its {micros} micro-batches" if shown < micros else f"{micros} micro-batches"
+    return f'<p class="legend">{legend}{part}: {end:.3f} s</p>' + _svg(shapes, 10 + 18 * ranks)
 
 
 def _rejected(rejected: Mapping[str, int]) -> str:

@@ -51,13 +51,13 @@ def as_text(events: Sequence[Event], ranks: int, width: int = 100) -> str:
     return "\n".join(f"rank {rank:3} |{''.join(line)}|" for rank, line in enumerate(lines))
 
 
-def write_plot(events: Sequence[Event], ranks: int, path: str | Path) -> None:
+def write_plot(events: Sequence[Event], ranks: int, path: str | Path, unit: str = "seconds") -> None:
     """A Gantt plot as PNG, SVG or PDF, by the file's suffix. Raises ConfigError: matplotlib is not installed."""
-    write_plots({"": events}, ranks, path)
+    write_plots({"": events}, ranks, path, unit)
 
 
-def write_plots(panels: Mapping[str, Sequence[Event]], ranks: int, path: str | Path) -> None:
-    """Several timelines below one another, over the same seconds; by title. Raises ConfigError as `write_plot`."""
+def write_plots(panels: Mapping[str, Sequence[Event]], ranks: int, path: str | Path, unit: str = "seconds") -> None:
+    """Several timelines below one another, over one time in `unit`; by title. Raises ConfigError as `write_plot`."""
     try:
         import matplotlib
 
@@ -71,8 +71,9 @@ def write_plots(panels: Mapping[str, Sequence[Event]], ranks: int, path: str | P
         _draw(axes, events, ranks)
         axes.set(title=title, ylabel="pipeline rank", yticks=range(ranks))
         axes.invert_yaxis()
-    rows[-1, 0].set(xlabel="seconds")
-    rows[0, 0].legend(loc="lower right", fontsize="small")
+        axes.margins(x=0.01)
+    rows[-1, 0].set(xlabel=unit)
+    rows[0, 0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(COLOURS), frameon=False, fontsize="small")
     figure.savefig(path, bbox_inches="tight", dpi=130)
     pyplot.close(figure)
 

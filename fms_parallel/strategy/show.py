@@ -136,7 +136,8 @@ def main(words: Sequence[str] | None = None) -> int:
         write_schedule(as_file(layout), args.write_schedule)
         sys.stdout.write(f"\nschedule written: {args.write_schedule}; its layout is {str(own)!r}\n")
     if args.picture is not None:
-        write_plot(timeline(layout), layout.pp, args.picture)
+        unit = "time, in forward passes of one micro-batch through one stage"
+        write_plot(timeline(layout), layout.pp, args.picture, unit)
         sys.stdout.write(f"\nschedule drawn: {args.picture}\n")
     return 0
 

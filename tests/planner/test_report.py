@@ -13,7 +13,7 @@ import pytest
 from fms_parallel.planner.cli import main
 
 JOB = ["--model", "llama:3.1-70b", "--gpus", "h100:64", "--global-batch", "256", "--seq", "8192", "--top", "5"]
-VOID = {"meta", "link", "br", "img", "hr", "input"}
+VOID = {"meta", "link", "br", "img", "hr", "input", "wbr"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -57,6 +57,15 @@ def test_report_command_writes_the_same_page(tmp_path: Path, page: Path) -> None
     main(["report", *JOB, "--html", str(other)])
     times = re.compile(r"\(\d+\.\d+ s\)")
     assert times.sub("", other.read_text()) == times.sub("", page.read_text())
+
+
+def test_the_schedule_says_how_many_micro_batches_are_drawn_and_points_name_every_rank(page: Path) -> None:
+    text = page.read_text()
+    first = re.search(r'<td data-value="1">1 x (\d+)</td><td data-value="pp=(\d+),', text)
+    assert first is not None and int(first[1]) > 4 * int(first[2])
+    assert f"with {4 * int(first[2])} of its {first[1]} micro-batches: " in text
+    named = [rank for words in re.findall(r"<title>([\d, ]+): [\d.]+ s, ", text) for rank in words.split(", ")]
+    assert sorted(named) == ["1", "2", "3", "4", "5"]
 
 
 def test_a_browser_sorts_the_table(page: Path, tmp_path: Path) -> None:

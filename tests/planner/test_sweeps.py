@@ -15,7 +15,7 @@ from fms_parallel.inference.cache import KVCache
 from fms_parallel.planner import Cluster, Planner, Workload, load_devices
 from fms_parallel.planner.cli import main
 from fms_parallel.planner.columns import Columns
-from fms_parallel.planner.fasop.tables import COLUMNS, load_profiles
+from fms_parallel.planner.fasop.tables import COLUMNS, load_profiles, profile_name
 from fms_parallel.planner.hardware import GIB
 from fms_parallel.planner.inference import serving
 from fms_parallel.planner.profiles import Curve, Measured
@@ -104,6 +104,21 @@ def test_profile_is_measured_written_and_shown(tmp_path: Path, capsys: pytest.Ca
     assert data.shape == (2, len(COLUMNS)) and (data > 0).all()
     main(["show-profile", "--dir", str(folder)])
     assert "tiny on CPU" in capsys.readouterr().out
+
+
+def test_a_measured_profile_of_any_model_can_be_searched_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "profiles")
+    main(["make-profile", "--model", "llama:micro", "--gpu", "A40", "--rows", "1", "--seq", "8", "--out", folder])
+    capsys.readouterr()
+    words = ["--model-type", "llama:micro", "--profiles", folder, "--gpus", "A40", "1", "--gbs", "2", "--json"]
+    main(["search", "--compat", "fasop", *words])
+    found = json.loads(capsys.readouterr().out)
+    assert found["feasible"] > 0 and found["borrowed_profiles"] == []
+    # Embedding, eight modules of each of five layers, head.
+    assert {sum(row["partition"]) for row in found["results"]} == {42}
+    assert len({profile_name(f"llama:{name}") for name in ("3-8b", "3.1-8b", "3.1-70b", "3.2-1b")}) == 4
 
 
 def test_shipped_profile_is_the_originals(capsys: pytest.CaptureFixture[str]) -> None:

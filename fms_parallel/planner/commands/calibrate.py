@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.ranks < 1 or args.repeats < 1:
         raise ConfigError("--ranks and --repeats: need whole numbers >= 1.")
+    if args.memory_gb is not None and not 0 < args.memory_gb < float("inf"):
+        raise ConfigError(f"--memory-gb {args.memory_gb}: needs a number > 0.")
     if args.ranks == 1:
         seconds = [measure.measure_rank(args.repeats)]
     else:

@@ -33,7 +33,9 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         "--software", default="native", help="whose kernels and habits (default: %(default)s, this library)"
     )
     job.add_argument("--devices", metavar="FILE.json", help="more devices, in the form of the planner's devices.json")
-    job.add_argument("--constants", metavar="FILE.json", help="fitted constants, as `calibrate` writes them")
+    job.add_argument(
+        "--constants", metavar="FILE.json", help="constants that `validate --calibrate-rows N --json` fitted"
+    )
 
 
 def require(args: argparse.Namespace, *names: str) -> None:
@@ -79,6 +81,8 @@ def read_planner(args: argparse.Namespace) -> Planner:
         values = table.get("constants", table)
         if not isinstance(values, dict):
             raise ConfigError(f"{args.constants}: constants: needs an object with a number for each name.")
+        if any(isinstance(value, dict) for value in values.values()):
+            raise ConfigError(f"{args.constants}: describes devices, as `calibrate` writes them: give it to --devices.")
         try:
             constants = DEFAULT.having(values)
         except ConfigError as error:

@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     args = name_files(args)
     if args.only_make_pareto:
         output.write_plot(output.read_csv(args.only_make_pareto), args.make_pareto, args.pareto_title)
+        common.say(f"drawn to {args.make_pareto}")
         return 0
     with output.copied(args.log_file):
         return _search(args)
@@ -131,6 +132,9 @@ def _search(args: argparse.Namespace) -> int:
         common.say_json(output.as_json(ordered, seconds, lacking))
     elif not args.parsing:
         common.say(output.as_text(ordered, args.top, seconds))
+        written = [path for path in (args.csv, args.make_pareto, args.parsing_file) if path]
+        if written:
+            common.say(f"written to {', '.join(written)}")
     return 0
 
 
@@ -198,6 +202,7 @@ def _asked(nodes: list[Gpu], options: Options, profiles: Any) -> Any:
 
     known = {(job.tp, job.pp, job.dp, job.mbs): job for job in search.jobs(nodes, options, profiles)}
     example = " ".join(map(str, next(iter(known))))
+    asked = 0
     for line in sys.stdin:
         words = line.replace(",", " ").split()
         if not words:
@@ -207,3 +212,6 @@ def _asked(nodes: list[Gpu], options: Options, profiles: Any) -> Any:
             yield search.price(known[key], options)  # type: ignore[index]
         except (ValueError, KeyError):
             raise ConfigError(f"{line.strip()!r}: no such configuration; write tp pp dp mbs, as {example}.") from None
+        asked += 1
+    if not asked:
+        raise ConfigError(f"--exhaustive: no line came; write tp pp dp mbs on standard input, as {example}.")

@@ -32,13 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=int, default=10, metavar="K", help="(default: %(default)s)")
     parser.add_argument("--corrected", action="store_true", help="without the original's mistakes")
     parser.add_argument("--layers", action="store_true", help="also the layers of the best configuration")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw where time and memory of these configurations go")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Search and show."""
     from fms_parallel.errors import ConfigError
-    from fms_parallel.planner.tpe import search, system
+    from fms_parallel.planner.tpe import plots, search, system
 
     if min(args.top, args.num_gpus, args.global_batch, 1 if args.nvlink_domain is None else args.nvlink_domain) < 1:
         raise ConfigError("--top, --num-gpus, --global-batch and --nvlink-domain: need whole numbers >= 1.")
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     if not found.feasible:
         raise search.nothing_fits(model, chosen, *job)
     layers = search.layer_rows(model, chosen, args.tensor_parallel, found, compat) if args.layers else []
+    if args.plot:
+        plots.over_configurations(found.rows(), args.plot)
     if args.json:
         common.say_json(_as_json(found, args.corrected, layers))
         return 0

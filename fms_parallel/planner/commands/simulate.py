@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
                 "pipeline_s": whole,
                 "idle": waiting,
                 "step_time_s": estimate.step_time_s,
+                "memory_gb": estimate.memory_gb,
                 "stage_forward_s": list(stages.forward),
                 "stage_backward_s": list(stages.backward),
                 "trace": args.trace,
@@ -50,7 +51,12 @@ def run(args: argparse.Namespace) -> int:
         )
         return 0
     common.say(timeline.as_text(events, layout.pp))
+    common.say("capital letters: forward; small ones: backward; w: weight gradients; dots: idle")
     common.say(
         f"{whole:.3f} s of forward and backward, {waiting:.1%} of it idle; a whole step {estimate.step_time_s:.3f} s"
     )
+    if estimate.margin < 0:
+        common.say(f"it would not run: {estimate.memory_gb:.1f} GiB, more than a device has")
+    if args.trace or args.plot:
+        common.say(f"written to {', '.join(path for path in (args.trace, args.plot) if path)}")
     return 0

@@ -9,6 +9,7 @@ fms-plan sweep --model gpt3_1T --systems B200 --num-gpus 4096 --global-batch 409
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from fms_parallel.planner.commands import common
 
@@ -39,6 +40,10 @@ def run(args: argparse.Namespace) -> int:
     memory = args.bandwidths or args.capacities or args.flops
     if min(*args.num_gpus, *args.domains, args.global_batch) < 1:
         raise ConfigError("--num-gpus, --domains, --global-batch: need whole numbers >= 1.")
+    if not all(
+        0 < number < float("inf") for number in (*(args.bandwidths or ()), *(args.capacities or ()), *args.flops)
+    ):
+        raise ConfigError("--bandwidths, --capacities, --flops: need numbers > 0.")
     if memory and (len(systems) > 1 or len(args.num_gpus) > 1):
         raise ConfigError("--bandwidths, --capacities and --flops vary one system at one --num-gpus: name one of each.")
     if memory:
@@ -50,17 +55,22 @@ def run(args: argparse.Namespace) -> int:
         job_ = (args.domains, args.tensor_parallel, args.num_gpus, args.global_batch)
         rows = list(sweeps.over_systems(model, systems, *job_, compat=not args.corrected))
     if args.plot and memory:
-        plots.over_two(rows, args.plot, "hbm_bandwidth", "hbm_capacity")
+        plots.over_memory(rows, args.plot)
     elif args.plot:
         plots.over_devices(rows, args.plot)
     if args.json:
         common.say_json({"points": rows})
         return 0
-    header = ("gpus", "domain", "TFLOP/s", "GB/s", "GB", "t s", "dp", "tp", "pp", "system")
-    names = ("gpus", "nvlink_size", "matrix_flops_fp16", "hbm_bandwidth", "hbm_capacity")
-    lines = []
-    for row in rows:
-        best = (f"{row['t']:.3f}", row["dp"], row["tp"], row["pp"]) if row["t"] else ("too large", "", "", "")
-        lines.append(tuple(str(x) for x in (*(row[n] for n in names), *best, row["system"])))
-    common.say(render.table(lines, header))
+    common.say(render.table([_line(row) for row in rows], HEADER))
+    if args.plot:
+        common.say(f"drawn to {args.plot}")
     return 0
+
+
+HEADER = ("gpus", "domain", "TFLOP/s", "GB/s", "GB", "t s", "dp", "tp", "pp", "system")
+
+
+def _line(row: dict[str, Any]) -> tuple[str, ...]:
+    names = ("gpus", "nvlink_size", "matrix_flops_fp16", "hbm_bandwidth", "hbm_capacity")
+    best = (f"{row['t']:.3f}", row["dp"], row["tp"], row["pp"]) if row["t"] else ("too large", "", "", "")
+    return (*(f"{row[name]:g}" for name in names), *(str(word) for word in (*best, row["system"])))

@@ -144,36 +144,18 @@ class _Chain:
 
 
 def _solve(arcs: list[Arc], chain: _Chain, low: float, high: float, limit_s: float) -> list[int]:
+    """Nodes of each stage, or nothing where HiGHS finds no path in time."""
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_matrix
     except ImportError:
         raise ConfigError("the ilp partition needs scipy: pip install 'fms_parallel[plan]'.") from None
     last = len(arcs)
-    rows, columns, values = [], [], []
-    inner: dict[tuple[int, int], int] = {}
-    for j, arc in enumerate(arcs):
-        rows.append(arc.stage)
-        columns.append(j)
-        values.append(arc.load)
-        for node, sign in (((arc.stage, arc.start), 1.0), ((arc.stage + 1, arc.end), -1.0)):
-            if 0 < node[0] < chain.stages:
-                rows.append(inner.setdefault(node, chain.stages + len(inner)))
-                columns.append(j)
-                values.append(sign)
-    one = chain.stages + len(inner)
-    for j, arc in enumerate(arcs):
-        if arc.stage == 0:
-            rows.append(one)
-            columns.append(j)
-            values.append(1.0)
-    for i in range(chain.stages):
-        rows.append(i)
-        columns.append(last)
-        values.append(-1.0)
-    matrix = csr_matrix((values, (rows, columns)), shape=(one + 1, last + 1))
-    lower = np.concatenate([np.full(chain.stages, -np.inf), np.zeros(len(inner)), [1.0]])
-    upper = np.concatenate([np.zeros(chain.stages + len(inner)), [1.0]])
+    entries, inner = _constraints(arcs, chain.stages)
+    rows, columns, values = zip(*entries, strict=True)
+    matrix = csr_matrix((values, (rows, columns)), shape=(chain.stages + inner + 1, last + 1))
+    lower = np.concatenate([np.full(chain.stages, -np.inf), np.zeros(inner), [1.0]])
+    upper = np.concatenate([np.zeros(chain.stages + inner), [1.0]])
     answer = milp(
         np.array([*(arc.send for arc in arcs), chain.micros - 1.0]),
         constraints=LinearConstraint(matrix, lower, upper),
@@ -185,3 +167,20 @@ def _solve(arcs: list[Arc], chain: _Chain, low: float, high: float, limit_s: flo
         return []
     chosen = sorted((arc for arc, x in zip(arcs, answer.x, strict=False) if x > 0.5), key=lambda arc: arc.stage)
     return [arc.end - arc.start for arc in chosen]
+
+
+def _constraints(arcs: list[Arc], stages: int) -> tuple[list[tuple[int, int, float]], int]:
+    """(row, column, value) of the constraints, and how many inner nodes there are.
+
+    Columns are arcs, and the slowest stage behind them. Rows: no stage is slower than that; a path that comes to an
+    inner node goes on from there; one path begins.
+    """
+    entries: list[tuple[int, int, float]] = [(stage, len(arcs), -1.0) for stage in range(stages)]
+    inner: dict[tuple[int, int], int] = {}
+    for j, arc in enumerate(arcs):
+        entries.append((arc.stage, j, arc.load))
+        for node, sign in (((arc.stage, arc.start), 1.0), ((arc.stage + 1, arc.end), -1.0)):
+            if 0 < node[0] < stages:
+                entries.append((inner.setdefault(node, stages + len(inner)), j, sign))
+    entries += [(stages + len(inner), j, 1.0) for j, arc in enumerate(arcs) if arc.stage == 0]
+    return entries, len(inner)

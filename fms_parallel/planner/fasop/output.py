@@ -17,6 +17,8 @@ from fms_parallel.planner.fasop.search import Options, Row, clusters, frontier
 from fms_parallel.planner.fasop.tables import Gpu
 
 COST, SPEED = "cost($)", "throughput(samples/s)"
+STAGES_SHOWN = 16
+"""Of a partition in a line of a table for a person."""
 
 
 def experiments(
@@ -50,14 +52,26 @@ def read_csv(path: str | Path) -> list[dict[str, Any]]:
                     fits = {"True": False, "False": True}[row["is_oom"]]
                     found.append({**row, COST: float(row[COST]), SPEED: float(row[SPEED]), "is_oom": not fits})
                 except (KeyError, TypeError, ValueError) as error:
-                    raise ConfigError(
-                        f"{path}:{number}: no usable {error}; needs columns {COST}, {SPEED}, is_oom."
-                    ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}.") from None
+                    raise ConfigError(f"{path}:{number}: {_what_is_wrong(row, error)}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise ConfigError(f"{path}: cannot be read: not a text file.") from None
     if not found:
         raise ConfigError(f"{path}:1: no rows.")
     return found
+
+
+def _what_is_wrong(row: Mapping[str, Any], error: Exception) -> str:
+    """Of a line of a table: columns that are missing, a line that ends early, or a value."""
+    missing = [name for name in (COST, SPEED, "is_oom", "gpu_cluster") if name not in row]
+    if missing:
+        return f"no column {', '.join(missing)}; `search --compat fasop --csv` writes tables that have them."
+    if None in row.values():
+        return "the line ends early."
+    if row["is_oom"] not in ("True", "False"):
+        return f"is_oom is {row['is_oom']!r}: needs True or False."
+    return f"{error}; {COST} and {SPEED} need numbers."
 
 
 def write_plot(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> None:
@@ -83,7 +97,7 @@ def write_plot(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str) 
         axes.scatter([r[COST] for r in own], [r[SPEED] for r in own], s=18, alpha=0.6, label=name)
     line = skyline(fitting)
     axes.plot([r[COST] for r in line], [r[SPEED] for r in line], color="black", marker="o", label="Pareto frontier")
-    axes.set(xlabel=COST, ylabel=SPEED, title=title)
+    axes.set(xlabel="cost of one pass over the dataset, $", ylabel="throughput, samples/s", title=title)
     axes.legend(fontsize="small")
     figure.savefig(path, bbox_inches="tight", dpi=130)
     pyplot.close(figure)
@@ -196,7 +210,14 @@ def as_text(rows: Sequence[Row], top: int, seconds: float) -> str:
         c = row.columns()
         numbers = (f"{row.step:.3f}", f"{c[SPEED]:.3f}", f"{row.memory:.1f}", "too large" if row.is_oom else "fits")
         degrees = (str(c[name]) for name in ("rank", "tp", "dp", "pp", "mbs"))
-        lines.append((*degrees, *numbers, f"{c[COST]:.2f}", c["gpu_cluster"], str(row.layers or row.counts)))
+        lines.append((*degrees, *numbers, f"{c[COST]:.2f}", c["gpu_cluster"], _shown(row.layers or row.counts)))
     header = ("rank", "tp", "dp", "pp", "mbs", "step s", "samples/s", "GB", "memory", "cost $", "cluster", "partition")
     fitting = sum(not row.is_oom for row in rows)
     return table(lines, header) + f"\n\n{len(rows)} configurations, {fitting} fit ({seconds:.2f} s)"
+
+
+def _shown(partition: Sequence[int]) -> str:
+    """A partition in a table's line: all stages, or the first and the last of many; files have every stage."""
+    if len(partition) <= STAGES_SHOWN:
+        return str(list(partition))
+    return f"[{', '.join(map(str, partition[: STAGES_SHOWN - 1]))}, .. {partition[-1]}] of {len(partition)}"

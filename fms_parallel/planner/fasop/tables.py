@@ -18,11 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fms_parallel.errors import ConfigError, unknown
+from fms_parallel.planner import catalog
 from fms_parallel.planner.hardware import read_data
 
 Array = NDArray[Any]
 
 COLUMNS = ("embed", "attn_q", "attn_k", "attn_v", "attn_o", "mlp_gate", "mlp_act_fn", "mlp_up", "mlp_down", "lm_head")
+SEQUENCE = 1024
+"""Tokens of a sequence of models that the seed does not know, or as many as the model has positions for."""
 NAME = re.compile(r"(?P<model>.+)_(?P<gpu>[^_]+)_(?P<tp>\d+)\.npz")
 
 
@@ -80,15 +83,27 @@ def find_gpu(name: str, pareto: bool = False) -> Gpu:
 
 
 def find_model(name: str) -> Model:
-    """A model by name.
+    """A model of the seed by name, or any other that a profile may be measured of.
 
     Raises:
         ConfigError: unknown, with the known ones.
     """
     tables = read_data("fasop.json")["models"]
-    if name not in tables:
-        raise ConfigError(unknown("model type", name, tables))
-    return Model(name, **tables[name])
+    if name in tables:
+        return Model(name, **tables[name])
+    try:
+        found = catalog.find_model(name)
+    except ConfigError:
+        words = unknown("model type", name, tables)
+        raise ConfigError(f"{words} Any arch:variant or JSON file that make-profile has measured works, too.") from None
+    shape = found.shape
+    sizes = (shape.width, min(shape.max_positions, SEQUENCE), shape.layers, shape.vocab, shape.heads, shape.kv_heads)
+    return Model(profile_name(found.name), *sizes)
+
+
+def profile_name(model: str) -> str:
+    """A model's name in the names of its profiles."""
+    return Path(model).stem.replace(":", "-") if model.endswith(".json") else model.replace(":", "-")
 
 
 def samples_of(dataset: str) -> int:

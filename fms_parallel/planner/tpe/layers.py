@@ -171,28 +171,22 @@ def _shared(model: Model, system: System, g: Grid, sequence: bool, compat: bool)
     keys = [Exchange("allgather", kv, g.m2, g.t2)]
     exchanges = (keys, [*keys, Exchange("reducescatter", kv, g.m2, g.t2)]) if sequence else none
     between = (over_heads("allgather"), over_heads("reducescatter"))
-    if sequence or not compat:
-        second = _bias("fc2-bias", outside, np.asarray(e))
-        third = (
-            _bias("vproj-bias", tokens, e // g.m1)
-            if sequence and compat
-            else _bias("vproj-bias", outside, np.asarray(e))
-        )
-    else:
-        second, third = _bias("fc2-bias", tokens, np.asarray(e)), _bias("vproj-bias", tokens, np.asarray(e))
+    whole_bias, own_bias = (tokens, np.asarray(e)), (outside, np.asarray(e))
+    second = whole_bias if compat and not sequence else own_bias
+    third = (tokens, e // g.m1) if compat and sequence else second
     return [
         col("fc1", f),
         _bias("fc1-bias", tokens, f // g.m1),
         _activation("act1", tokens * (f // g.m1)),
         _dropout("dpr1", tokens * (f // g.m1)),
         row("fc2", f),
-        second,
+        _bias("fc2-bias", *second),
         _dropout("dpr2", outside * e),
         _norm("ln1", outside, np.asarray(e), between),
         col("qkv", 3 * e),
         _attention(model, system, g, model.h // g.m1, local, exchanges),
         row("vproj", e),
-        third,
+        _bias("vproj-bias", *third),
         _dropout("dpr_v", outside * e),
         _norm("ln2", outside, np.asarray(e), between),
     ]

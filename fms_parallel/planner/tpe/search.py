@@ -74,15 +74,37 @@ def search(
     began = time.perf_counter()
     every = candidates(model, system, strategy, gpus, batch)
     if not len(every):
-        raise ConfigError(
-            f"{model.name} on {gpus} devices with a batch of {batch}: no degrees divide heads, width, depth and batch; "
-            f"use a batch that is a multiple of a divisor of {gpus}."
-        )
+        raise _nothing_divides(model, system, strategy, gpus, batch)
     found = totals(model, system, strategy, batch, every, compat)
     fits = np.flatnonzero(found.mem <= system.hbm_capacity)
     best = fits[np.argsort(-found.throughput[fits], kind="stable")[:top]]
     chosen = Totals(**{f.name: getattr(found, f.name)[best] for f in fields(Totals)})
     return Found(len(every), len(fits), time.perf_counter() - began, every.take(best), chosen, strategy, batch)
+
+
+def _nothing_divides(model: Model, system: System, strategy: str, gpus: int, batch: int) -> ConfigError:
+    """The error for a number of devices that no configuration can have: a smaller one, batch or domain that can."""
+    job = f"{model.name} on {gpus} devices with a batch of {batch}"
+    domain = next((d for d in range(system.nvlink_size, 0, -1) if _any(model, d, strategy, gpus, batch)), None)
+    if domain is not None:
+        return ConfigError(
+            f"{job}: no degrees fill NVLink domains of {system.nvlink_size}; domains of {domain} would be filled."
+        )
+    fewer = next(n for n in range(gpus, 0, -1) if _any(model, 1, strategy, n, batch))
+    return ConfigError(
+        f"{job}: no dp x tp x pp is {gpus} where tp divides {model.h} heads and width {model.e}, pp {model.depth} "
+        f"blocks, and dp the batch: {fewer} devices would work, or a batch that is a multiple of {gpus}."
+    )
+
+
+def _any(model: Model, domain: int, strategy: str, gpus: int, batch: int) -> bool:
+    """Whether there is a configuration, with so many devices in a domain."""
+    for tp1, tp2 in _grids(model, strategy, gpus):
+        rest = gpus // (tp1 * tp2)
+        for pp in (d for d in _divisors(min(rest, model.depth)) if rest % d == 0 and model.depth % d == 0):
+            if batch % (rest // pp) == 0 and len(_placements(domain, (tp1, tp2, rest // pp, pp), strategy == "1d")):
+                return True
+    return False
 
 
 def candidates(model: Model, system: System, strategy: str, gpus: int, batch: int) -> Configurations:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -76,8 +76,10 @@ def find_system(name: str, nvlink_size: int | None = None) -> System:
     if table is None:
         raise ConfigError(unknown("system", name, read_data("tpe.json")["systems"]))
     known = [f.name for f in fields(System)]
+    own = {key: value for key, value in table.items() if key in known and key != "name"}
+    _check_positive(name, own, whole=("nvlink_size",))
     try:
-        system = System(name=name, **{key: value for key, value in table.items() if key in known and key != "name"})
+        system = System(name=name, **own)
     except TypeError as error:
         raise ConfigError(f"{name}: {error}; a system needs {', '.join(known[1:-1])}.") from None
     return system if nvlink_size is None else replace(system, nvlink_size=nvlink_size)
@@ -92,10 +94,19 @@ def find_model(name: str) -> Model:
     table = read_json(name) if name.endswith(".json") else read_data("tpe.json")["models"].get(name)
     if table is None:
         raise ConfigError(unknown("model", name, read_data("tpe.json")["models"]))
+    sizes = ("l", "e", "h", "depth", "f")
+    _check_positive(name, {key: value for key, value in table.items() if key in sizes}, whole=sizes)
     try:
         return Model(name, table["l"], table["e"], table["h"], table["depth"], table.get("f", 4 * table["e"]))
     except KeyError as error:
         raise ConfigError(f"{name}: no {error}; a model needs l, e, h and depth.") from None
+
+
+def _check_positive(name: str, values: Mapping[str, Any], whole: Sequence[str]) -> None:
+    """Raises ConfigError for a value that is no number above 0, or no whole one where it has to be."""
+    for key, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int if key in whole else (int, float)) or not value > 0:
+            raise ConfigError(f"{name}: {key}={value!r}: needs a {'whole ' * (key in whole)}number > 0.")
 
 
 def collective(system: System, kind: str, volume: Any, n: Any, top: Any, compat: bool) -> Array:
