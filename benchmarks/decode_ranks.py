@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from decode import SIZES, Size
+from decode import DTYPES, SIZES, Size
 
 from fms_parallel.cli import run
 from fms_parallel.distributed.start import process_group
@@ -82,14 +82,15 @@ def of_all_ranks(pair: tuple[float, float]) -> tuple[float, float]:
 def measure(args: argparse.Namespace, rank: int) -> dict[str, list[tuple[float, float]]]:
     """Case -> wall and CPU seconds per token of each round."""
     size = KNOWN[args.size]
-    sizes = {name: getattr(size, name) for name in ("width", "layers", "heads", "ffn_width", "vocab_size")}
+    sizes = {name: getattr(size, name) for name in ("width", "layers", "heads", "kv_heads", "ffn_width", "vocab_size")}
     options: dict[str, Any] = {"max_batch_size": max(args.requests), "max_seq_len": 512, "share_prefixes": False}
     options["fast_weights"] = "compiled" if args.compiled else not args.stored
-    model = get_model("llama", "7b", distributed_strategy=args.layout, tied=True, kv_heads=None, **sizes)
+    stored = {"data_type": DTYPES[args.dtype][0], "linear_type": "int8" if args.dtype == "int8" else None}
+    model = get_model("llama", "7b", distributed_strategy=args.layout, tied=True, **sizes, **stored)
     engine = InferenceEngine(model, local_sockets=False if args.no_sockets or args.through else None, **options)
     whole: Any = None
     if args.apart or (args.alone and rank == 0):
-        whole = InferenceEngine(get_model("llama", "7b", tied=True, kv_heads=None, **sizes), **options)
+        whole = InferenceEngine(get_model("llama", "7b", tied=True, **sizes, **stored), **options)
     found: dict[str, list[tuple[float, float]]] = {}
     for _ in range(args.rounds + 1):  # the first warms up
         for requests, way in ((requests, way) for requests in args.requests for way in args.through or [None]):
@@ -141,6 +142,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layout", required=True, help="over the ranks that were started, such as pp=2")
     parser.add_argument("--size", default="110m", choices=tuple(KNOWN), help="(default: %(default)s)")
+    parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES), help="(default: %(default)s)")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 4], help="at a time (default: 1 4)")
     parser.add_argument("--alone", action="store_true", help="the first rank also by itself, with the whole model")
     parser.add_argument("--apart", action="store_true", help="all ranks also by themselves, at the same time")

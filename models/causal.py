@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fms_parallel.errors import ConfigError
+from fms_parallel.modules.blocks import Blocks
 from fms_parallel.modules.context import Context, last_position, positions_of
 from fms_parallel.modules.sequences import DropoutKey, KVStore, Sequences
 
@@ -19,7 +20,7 @@ class CausalModel(nn.Module):
     """`enter`, the blocks in `layers`, `norm`, `head`; `config` says at least `width` and `max_positions`."""
 
     config: Any
-    layers: nn.ModuleList
+    layers: Blocks
     norm: nn.Module
     head: nn.Module
 
@@ -56,8 +57,7 @@ class CausalModel(nn.Module):
         more = {"mask": mask, "cache": cache, "dropout": dropout, "context": context}
         seq = self.sequences(batch, length, positions, first_position, **more)
         x = self.enter(input_ids, seq)
-        for block in self.layers:
-            x = block(x, seq)
+        x = self.layers(x, seq)
         return self.leave(x, seq, labels, last)
 
     # The parts of a forward, which a pipeline stage runs one by one.

@@ -19,6 +19,7 @@ from fms_parallel.checkpoint.reshape import Grid, Reversed
 from fms_parallel.errors import ConfigError
 from fms_parallel.modules.added_embedding import AddedEmbedding
 from fms_parallel.modules.attention import Attention, AttentionShape
+from fms_parallel.modules.blocks import Blocks
 from fms_parallel.modules.dropout import Dropout
 from fms_parallel.modules.embedding import Embedding, Head
 from fms_parallel.modules.feedforward import FeedForward
@@ -165,7 +166,7 @@ class GPTBigCode(CausalModel):
         self.embedding = Embedding(config.vocab_size, config.width, config.std)
         self.position_embedding = AddedEmbedding(config.max_positions, config.width, config.std)
         self.embedding_dropout = Dropout(config.embedding_dropout)
-        self.layers = nn.ModuleList(GPTBigCodeBlock(config, layer) for layer in range(config.layers))
+        self.layers = Blocks(GPTBigCodeBlock(config, layer) for layer in range(config.layers))
         self.norm = LayerNorm(config.width, config.norm_eps)
         self.head = Head(config.vocab_size, config.width, config.std)
         if config.tied:

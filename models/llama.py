@@ -16,6 +16,7 @@ from torch.distributed.tensor import Placement
 
 from fms_parallel.errors import ConfigError
 from fms_parallel.modules.attention import Attention, AttentionShape
+from fms_parallel.modules.blocks import Blocks
 from fms_parallel.modules.dropout import Dropout
 from fms_parallel.modules.embedding import Embedding, Head
 from fms_parallel.modules.feedforward import FeedForward
@@ -189,7 +190,7 @@ class LLaMA(CausalModel):
         self.rotary = config.rotary
         self.embedding = Embedding(config.vocab_size, config.width, config.std)
         self.embedding_dropout = Dropout(config.dropout)
-        self.layers = nn.ModuleList(self.block(config, layer) for layer in range(config.layers))
+        self.layers = Blocks(self.block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = Head(config.vocab_size, config.width, config.std)
         if config.tied:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import Placement
 from fms_parallel.errors import ConfigError, unknown
 from fms_parallel.modules.added_embedding import AddedEmbedding
 from fms_parallel.modules.attention import Attention, AttentionShape
+from fms_parallel.modules.blocks import Blocks
 from fms_parallel.modules.context import Context, last_position, positions_of
 from fms_parallel.modules.dense import Dense, Drops, SequenceClassifier
 from fms_parallel.modules.dropout import Dropout
@@ -237,7 +238,7 @@ class RobertaBody(nn.Module):
         self.token_type_embedding = AddedEmbedding(config.token_types, width, std, what="token type")
         self.embedding_norm = LayerNorm(width, config.norm_eps)
         self.embedding_dropout = Dropout(config.dropout)
-        self.layers = nn.ModuleList(RobertaBlock(config, layer) for layer in range(config.layers))
+        self.layers = Blocks(RobertaBlock(config, layer) for layer in range(config.layers))
 
     def forward(
         self,
@@ -267,8 +268,7 @@ class RobertaBody(nn.Module):
         more: dict[str, Any] = {"dropout": dropout, "context": context}
         seq = self.sequences(batch, length, told.pop("positions"), **more, **told)
         x = self.enter(input_ids, seq)
-        for block in self.layers:
-            x = block(x, seq)
+        x = self.layers(x, seq)
         return self.leave(x, seq, labels)
 
     # The parts of a forward, which a pipeline stage runs one by one.

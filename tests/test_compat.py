@@ -307,7 +307,15 @@ def test_every_function_is_tested() -> None:
         *("flatten_mesh", "join_meshes", "has_attention_sums", "attention_sums", "attention_sums_backward"),
         *("trace_operations", "traced_so_far"),
         *("has_prepacked_linear", "prepack_linear", "prepacked_linear", "has_int8_linear", "int8_linear"),
-        *("has_compiler", "compile_function", "compile_traced", "trace", "stored", "split_traced"),
+        *(
+            "has_compiler",
+            "compile_function",
+            "compile_over_sizes",
+            "compile_traced",
+            "trace",
+            "stored",
+            "split_traced",
+        ),
     }
 
 

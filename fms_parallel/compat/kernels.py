@@ -117,6 +117,19 @@ def compile_traced(graph: GraphModule, examples: Sequence[Tensor]) -> Callable[.
         return compile_graph(graph, list(examples))  # type: ignore[return-value]
 
 
+def compile_over_sizes(function: Callable[..., Tensor], examples: Sequence[Tensor | int]) -> Callable[..., Tensor]:
+    """`compile_function` for whole numbers as well, of any values from 0 on, and for tensors of any sizes but those
+    that `function` needs to be as they are. Numbers and sizes that are alike in the examples must be so in every call.
+    """
+    from torch._inductor import compile as compile_graph
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.no_grad():
+        graph = make_fx(function, tracing_mode="symbolic")(*examples)
+        unreal = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        return compile_graph(graph, unreal)  # type: ignore[return-value]
+
+
 def stored(x: Tensor) -> Tensor:
     """`x`; when compiled, computed once and kept in memory, not anew for everything that reads it."""
     from torch._inductor import inductor_prims

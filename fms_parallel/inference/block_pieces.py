@@ -1,25 +1,27 @@
-"""A block's forward for a few tokens as compiled pieces: all that lies between its attention and its sums over ranks.
+"""Blocks for a few tokens as compiled pieces: all that lies between their attentions and their sums over ranks.
 
-    norm, query key value, rotation | attention | output | sum | add, norm, gate and up, their product, down | sum | add
-    `------------ compiled -------' |   eager   | compiled     `------------------ compiled ------------------'
+    norm, query key value, rotation | attention | output, add, norm, ... down, add; norm, query ... | attention | output
+    `----- compiled: block 0 -----' |           | `--------------- compiled: blocks 0 and 1 ------' |           | `-- ..
 
 A decoding step computes little, so the small operations between products cost as much as a fifth of it. They are not
-written again here: the block's own forward is traced once, what it asks of its cache and of other ranks stays a call,
-and the rest goes to torch's compiler. Blocks of one shape share the compiled pieces, and bring their own parameters.
+written again here: the blocks' own forwards are traced once, what they ask of their cache and of other ranks stays a
+call, and the rest goes to torch's compiler, from one call to the next whichever block it is of. Pieces that compute the
+same are compiled once, and given the parameters of their place.
 
 It knows blocks that are called as `block(x, sequences)`; it knows no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from fms_parallel import compat
 from fms_parallel.distributed.boxes import local_tensor
@@ -27,12 +29,47 @@ from fms_parallel.distributed.collectives import Means, all_reduce
 from fms_parallel.errors import ConfigError
 from fms_parallel.inference.compiled import Operands, products
 from fms_parallel.inference.graphs import Function, Graphs
+from fms_parallel.inference.one_query import Attentions, OneQuery, stretches_of
 from fms_parallel.modules.linear import Multiplies, Product
 from fms_parallel.modules.sequences import RaggedStore, Sequences
 from fms_parallel.modules.tp import TPModule
 
-Call = Callable[[RaggedStore, Sequence[Tensor]], Tensor]
-"""Something that a block asks for in its midst, of the store at hand and of tensors."""
+
+@dataclass(frozen=True)
+class Attention:
+    """What a block asks of its store.
+
+    Attributes:
+        layer, scale, window: as of `RaggedStore`. heads: H, K and D.
+        kernel: what does it where every row lies in one stretch of memory.
+    """
+
+    layer: int
+    scale: float | None
+    window: int | None
+    heads: tuple[int, int, int]
+    kernel: OneQuery | None = None
+
+    def __call__(self, store: RaggedStore, qkv: Sequence[Tensor]) -> Tensor:
+        """`q [1, N, H, D]`, `k, v [1, N, K, D]` -> `[1, N, H, D]`."""
+        stretches = self.kernel and stretches_of(store, self.layer, qkv[1], self.window)
+        if not stretches:
+            return store.attend(self.layer, qkv[0], qkv[1], qkv[2], self.scale, self.window)
+        return self.kernel(qkv[0], qkv[1], qkv[2], stretches)  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class SumOverRanks:
+    """What a block asks of other ranks."""
+
+    module: TPModule
+
+    def __call__(self, store: RaggedStore, given: Sequence[Tensor]) -> Tensor:
+        """A tensor, in place."""
+        return all_reduce(given[0], self.module.axis)
+
+
+Call = Attention | SumOverRanks
 
 
 # ---- what a trace puts where a call was -----------------------------------------------------------------------------
@@ -61,14 +98,14 @@ class _Listener:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
         """See `RaggedStore`."""
-        self.calls.append(lambda store, qkv: store.attend(layer, qkv[0], qkv[1], qkv[2], scale, window))
+        self.calls.append(Attention(layer, scale, window, (q.shape[2], k.shape[2], q.shape[3])))
         return _attends(q, k, v, len(self.calls) - 1)  # type: ignore[no-any-return]
 
     def means_of(self, module: TPModule) -> Means:
         """How a twin talks while it is listened to."""
 
         def sum_over_ranks(x: Tensor, group: object) -> None:
-            self.calls.append(lambda store, x: all_reduce(x[0], module.axis))
+            self.calls.append(SumOverRanks(module))
             x.copy_(_sums(x, len(self.calls) - 1))
 
         return Means(sum_over_ranks, _refuse, _refuse, _refuse)
@@ -79,12 +116,13 @@ def _refuse(*_: object) -> NoReturn:
 
 
 @contextmanager
-def listened(block: nn.Module) -> Iterator[_Listener]:
-    """The block in eval mode, with stand-ins for other ranks; afterwards its modules are as they were."""
-    listener, before = _Listener(), [(module, dict(module.__dict__)) for module in block.modules()]
+def listened(blocks: Iterable[nn.Module]) -> Iterator[_Listener]:
+    """The blocks in eval mode, with stand-ins for other ranks; afterwards their modules are as they were."""
+    listener = _Listener()
+    before = [(module, dict(module.__dict__)) for block in blocks for module in block.modules()]
     try:
-        block.eval()
-        for module in block.modules():
+        for module, _ in before:
+            module.training = False
             if isinstance(module, TPModule) and module.axis.size > 1:
                 module.axis = replace(module.axis, own_means=listener.means_of(module))
         yield listener
@@ -99,15 +137,15 @@ def listened(block: nn.Module) -> Iterator[_Listener]:
 
 @dataclass
 class _Matrices:
-    """The matrices of a block that have kernels of this library for so many rows, as inputs of its trace."""
+    """The matrices of blocks that have kernels of this library for so many rows, as inputs of their trace."""
 
     groups: list[tuple[Multiplies, str, Operands]]
 
     @classmethod
-    def of(cls, block: nn.Module, x: Tensor) -> _Matrices:
+    def of(cls, blocks: Iterable[nn.Module], x: Tensor) -> _Matrices:
         """Those that there are; what else multiplies is traced as it is."""
         found = []
-        for module in block.modules():
+        for module in (module for block in blocks for module in block.modules()):
             for name in module.groups() if isinstance(module, Multiplies) else ():
                 operands = Operands.of(module.matrices(name, x), x.shape[1])  # type: ignore[union-attr, operator]
                 if operands is not None:
@@ -135,11 +173,11 @@ def _product(operands: Operands, tensors: Sequence[Tensor]) -> Product:
     return product
 
 
-# ---- one block, for so many tokens ---------------------------------------------------------------------------------
+# ---- blocks, for so many tokens -------------------------------------------------------------------------------------
 
 
 class Pieces:
-    """Compiled pieces made so far: blocks of one shape share them.
+    """Compiled pieces made so far: what computes the same is one.
 
     Args:
         graphs: what launches the kernels of a piece at once, on a GPU (None: wherever there is one).
@@ -178,33 +216,43 @@ class _Piece:
         return self._made(*given)
 
 
-class CompiledBlock:
-    """A block's forward for N tokens: `(x [1, N, E], rope, store) -> [1, N, E]`. One forward at a time.
+class CompiledBlocks:
+    """The forward of some consecutive blocks for N tokens. One at a time.
 
+    Args:
+        x, seq: activations `[1, N, E]` and what the blocks are told, as examples.
+        attentions: kernels for their queries, where there are any.
     Raises:
-        ConfigError: the block cannot be traced, for the reason given.
+        ConfigError: the blocks cannot be traced, for the reason given.
     """
 
-    def __init__(self, block: nn.Module, x: Tensor, seq: Sequences, pieces: Pieces) -> None:
-        held = [local_tensor(parameter) for parameter in block.parameters()]
+    def __init__(
+        self, blocks: Sequence[nn.Module], x: Tensor, seq: Sequences, pieces: Pieces, attentions: Attentions
+    ) -> None:
+        held = [local_tensor(parameter) for block in blocks for parameter in block.parameters()]
         self._watched = [tensor for tensor in held if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._watched]
-        matrices = _Matrices.of(block, x)
-        with listened(block) as listener:
-            graph = _traced(block, x, replace(seq, cache=listener), matrices)
+        matrices = _Matrices.of(blocks, x)
+        with listened(blocks) as listener:
+            graph = _traced(blocks, x, replace(seq, cache=listener), matrices)
         _check(graph)
-        self._calls, self._store = listener.calls, cast(RaggedStore, listener)
+        self._calls = [_with_kernel(call, attentions, x) for call in listener.calls]
+        self._store = cast(RaggedStore, listener)
         self._constants = [*matrices.tensors, *_constants_as_inputs(graph)]
         own = {tensor.untyped_storage().data_ptr() for tensor in held}
         self.extra_bytes = sum(t.nbytes for t in matrices.tensors if t.untyped_storage().data_ptr() not in own)
         self._run = self._split(graph, pieces)
 
     def __call__(self, x: Tensor, rope: Sequence[Tensor], store: RaggedStore) -> Tensor:
-        for tensor, version in zip(self._watched, self._versions, strict=True):
-            if tensor._version != version:
-                raise ConfigError("a weight has changed since prepare_for_decode: undo() it, and prepare again.")
+        """`[1, N, E]` -> `[1, N, E]`."""
+        return self.steps(x, rope, store)[-1]
+
+    def steps(self, x: Tensor, rope: Sequence[Tensor], store: RaggedStore) -> tuple[Tensor, ...]:
+        """What each block makes."""
+        if [tensor._version for tensor in self._watched] != self._versions:
+            raise ConfigError("a weight has changed since prepare_for_decode: undo() it, and prepare again.")
         self._store = store
-        return self._run(x, *rope, *self._constants)  # type: ignore[no-any-return]
+        return self._run.forward(x, *rope, *self._constants)  # type: ignore[no-any-return]
 
     def _split(self, graph: GraphModule, pieces: Pieces) -> GraphModule:
         """Stand-ins become calls; what lies between them, pieces."""
@@ -222,13 +270,29 @@ class CompiledBlock:
         graph.recompile()
         split = compat.split_traced(graph, lambda node: part[node])
         for name, child in list(split.named_children()):
-            if not any(getattr(node.target, "is_call", False) for node in child.graph.nodes):  # type: ignore[union-attr]
-                delattr(split, name)
-                split.__dict__[name] = _Piece(child, pieces, self._constants)  # type: ignore[arg-type]
+            delattr(split, name)
+            split.__dict__[name] = _call_alone(child) or _Piece(_numbered(child), pieces, self._constants)  # type: ignore[arg-type]
         return split
 
     def _called(self, call: int, *tensors: Tensor) -> Tensor:
         return self._calls[call](self._store, tensors).contiguous()
+
+
+def _with_kernel(call: Call, attentions: Attentions, x: Tensor) -> Call:
+    if isinstance(call, SumOverRanks):
+        return call
+    return replace(call, kernel=attentions.of(call.heads, x, call.scale))
+
+
+def _numbered(graph: GraphModule) -> GraphModule:
+    """The same with values named by number, so that what computes the same reads the same."""
+    found: dict[Node, Node] = {}
+    new = Graph()
+    for number, node in enumerate(graph.graph.nodes):
+        args, kwargs = map_arg((node.args, node.kwargs), found.__getitem__)
+        target = f"v{number}" if node.op == "placeholder" else node.target
+        found[node] = new.create_node(node.op, target, args, kwargs, f"v{number}")
+    return GraphModule(graph, new)
 
 
 def _forget_copy(node: Node) -> None:
@@ -248,19 +312,32 @@ def _named(called: Callable[..., Tensor], call: int) -> Callable[..., Tensor]:
     return asked
 
 
-def _traced(block: nn.Module, x: Tensor, seq: Sequences, matrices: _Matrices) -> GraphModule:
-    forward, rope = type(block).forward, seq.rope or ()
+def _call_alone(graph: GraphModule) -> Callable[..., Tensor] | None:
+    """The call that a part consists of, given what the part is given; None where it is a piece."""
+    *given, call, _ = graph.graph.nodes
+    if not getattr(call.target, "is_call", False):
+        return None
+    assert list(call.args) == given, "a call is given what it asks for"
+    return call.target  # type: ignore[return-value]
 
-    def whole(x: Tensor, *given: Tensor) -> Tensor:
+
+def _traced(blocks: Sequence[nn.Module], x: Tensor, seq: Sequences, matrices: _Matrices) -> GraphModule:
+    rope = seq.rope or ()
+
+    def whole(x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         matrices.install(given[len(rope) :])
-        return forward(block, x, replace(seq, rope=given[: len(rope)] or None))  # type: ignore[arg-type, no-any-return]
+        told, steps = replace(seq, rope=given[: len(rope)] or None), [x]  # type: ignore[arg-type]
+        for block in blocks:
+            steps.append(type(block).forward(block, steps[-1], told))  # type: ignore[arg-type]
+        return tuple(steps[1:])
 
     try:
         return compat.trace(whole, [x, *rope, *matrices.tensors])
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"{type(block).__name__} cannot be traced: {type(error).__name__}: {error}") from error
+        names = " and ".join(sorted({type(block).__name__ for block in blocks}))
+        raise ConfigError(f"{names} cannot be traced: {type(error).__name__}: {error}") from error
 
 
 _TAGS = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded)

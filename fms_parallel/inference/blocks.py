@@ -1,6 +1,6 @@
 """Compiled blocks in a model's place of its own (`inference/block_pieces.py`), where they are faster.
 
-    tokens 1      compiled for 1                 tokens 5     the block's own forward, as while training
+    tokens 1      compiled for 1                 tokens 5     the blocks' own forwards, as while training
     tokens rows   compiled for `rows`            gradients    the same
 
 It knows models that tell their blocks about tokens (`sequences`); it knows no layer in them.
@@ -9,8 +9,7 @@ It knows models that tell their blocks about tokens (`sequences`); it knows no l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,15 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from fms_parallel.errors import ConfigError
-from fms_parallel.inference.block_pieces import CompiledBlock, Pieces, listened
+from fms_parallel.inference.block_pieces import CompiledBlocks, Pieces, listened
+from fms_parallel.inference.cache import KVCache
+from fms_parallel.inference.one_query import ALLOWED, Attentions, Stretch, difference
+from fms_parallel.modules.blocks import Blocks
 from fms_parallel.modules.linear import Multiplies
 from fms_parallel.modules.scores import scores
 from fms_parallel.modules.sequences import KVStore, Sequences
 from fms_parallel.strategy.base import repeated_blocks
-
-ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2**-5}
-"""Largest difference between compiled pieces and the block itself, of the largest number: a block that was traced
-wrongly is far above, rounding far below."""
 
 
 class _Side:
@@ -42,28 +40,44 @@ class _Side:
         out = scores(q, k, v, self.seq.mask, scale).transpose(1, 2)
         return out.reshape(1, self.seq.tokens, *out.shape[2:])
 
+    def stretches(self, layer: int, k: Tensor, window: int | None) -> list[Stretch] | None:
+        """Where the rows lie, a query each; see `stretches_of`."""
+        if self.seq.length > 1 or self.seq.mask is not None or not isinstance(self.cache, KVCache):
+            return None
+        rows = self.cache.one_more(layer, k[0])
+        return None if rows is None else [Stretch(keys, values, 0, length) for keys, values, length in rows]
 
-class FastBlock:
-    """Takes the place of a block's forward: compiled for some numbers of tokens, the block's own for all others.
 
+class FastBlocks:
+    """Takes the place of the forward of consecutive blocks: compiled for some numbers of tokens, their own otherwise.
+
+    Args:
+        owner: whose forward that is, of the `Blocks` or of a single block.
     Attributes:
-        compiled: number of tokens -> the block for so many. tables: shared by all blocks of a model.
+        compiled: number of tokens -> the blocks for so many.
     """
 
-    def __init__(self, block: nn.Module, dtype: torch.dtype, tables: Tables) -> None:
-        self.block, self.dtype, self.tables = block, dtype, tables
-        self.compiled: dict[int, CompiledBlock] = {}
+    def __init__(self, owner: nn.Module, dtype: torch.dtype, tables: Tables) -> None:
+        self.owner, self.dtype, self.tables = owner, dtype, tables
+        self.compiled: dict[int, CompiledBlocks] = {}
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """In order."""
+        return list(self.owner) if isinstance(self.owner, Blocks) else [self.owner]
 
     def __call__(self, x: Tensor, seq: Sequences) -> Tensor:
         """`[B, S, E]` -> `[B, S, E]`."""
         compiled = self.compiled.get(seq.tokens)
         if compiled is None or not self._is_decoding(x, seq):
-            return type(self.block).forward(self.block, x, seq)  # type: ignore[no-any-return, arg-type]
+            return type(self.owner).forward(self.owner, x, seq)  # type: ignore[no-any-return, arg-type]
         store: Any = seq.ragged or _Side(seq.cache, seq)  # type: ignore[arg-type]
+        if x.shape[0] == 1:  # the usual case, in as few operations as can be
+            return compiled(x.contiguous(), self.tables.of(seq), store)
         return compiled(x.reshape(1, seq.tokens, -1).contiguous(), self.tables.of(seq), store).view(x.shape)
 
     def _is_decoding(self, x: Tensor, seq: Sequences) -> bool:
-        alone = seq.cache is not None and seq.context is None and not self.block.training and x.dtype == self.dtype
+        alone = seq.cache is not None and seq.context is None and not self.owner.training and x.dtype == self.dtype
         return alone and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     @property
@@ -72,12 +86,12 @@ class FastBlock:
         return max((compiled.extra_bytes for compiled in self.compiled.values()), default=0)
 
     def install(self) -> None:
-        """Take the place of the block's forward."""
-        self.block.forward = self
+        """Take the place of the forward."""
+        self.owner.forward = self
 
     def remove(self) -> None:
         """Give it back."""
-        self.block.__dict__.pop("forward", None)
+        self.owner.__dict__.pop("forward", None)
 
     def __reduce__(self) -> Any:
         raise ConfigError("a model prepared for decoding is not copied or pickled: undo() that first.")
@@ -96,9 +110,15 @@ class Tables:
             return ()
         if seq.rope is not self._given:
             self._given = seq.rope
-            wide = (table.expand(seq.batch, seq.length, table.shape[-1]) for table in seq.rope)
-            self._flat = tuple(table.reshape(1, seq.tokens, -1).contiguous() for table in wide)
+            self._flat = tuple(_side_by_side(table, seq) for table in seq.rope)
         return self._flat
+
+
+def _side_by_side(table: Tensor, seq: Sequences) -> Tensor:
+    """`[S, R/2]` or `[B, S, R/2]` -> `[1, B * S, R/2]`."""
+    if seq.batch == 1:
+        return (table if table.dim() == 3 else table.unsqueeze(0)).contiguous()
+    return table.expand(seq.batch, seq.length, table.shape[-1]).reshape(1, seq.tokens, -1).contiguous()
 
 
 # ---- which blocks, and whether it pays -----------------------------------------------------------------------------
@@ -109,8 +129,9 @@ class BlockChoice:
     """What was found for a model's blocks and so many tokens.
 
     Attributes:
-        count: blocks. tokens: N. seconds: of one block as it is. compiled: of one as compiled pieces, or None.
+        count: blocks. tokens: N. seconds: of all of them as they are. compiled: of all as compiled pieces, or None.
         reason: why there are none, or why they are not used.
+        attention: why their attention is not compiled; empty where it is.
     """
 
     count: int
@@ -118,56 +139,73 @@ class BlockChoice:
     seconds: float
     compiled: float | None
     reason: str = ""
+    attention: str = ""
 
 
 def fast_blocks(
     model: nn.Module, counts: Sequence[int], dtype: torch.dtype, time: Callable[[Sequence[Callable[[], Any]]], float]
-) -> tuple[list[FastBlock], list[BlockChoice]]:
+) -> tuple[list[FastBlocks], list[BlockChoice]]:
     """Put compiled blocks in the place of the model's own, for the numbers of tokens that they are faster for.
 
     Args:
         time: seconds of one of these calls.
     """
-    blocks = [block for _, block in repeated_blocks(model) if any(isinstance(m, Multiplies) for m in block.modules())]
-    if not hasattr(model, "sequences") or not blocks:
+    fast = [FastBlocks(owner, dtype, Tables()) for owner in _owners(model)]
+    if not hasattr(model, "sequences") or not fast:
         return [], []
-    pieces, tables = Pieces(), Tables()
-    fast = [FastBlock(block, dtype, tables) for block in blocks]
-    choices = [_choose(model, fast, tokens, pieces, time) for tokens in counts]
+    trial = _Trial(model, fast, Pieces(), Attentions(time), time)
+    choices = [trial.choose(tokens) for tokens in counts]
     used = [one for one in fast if one.compiled]
     for one in used:
         one.install()
     return used, choices
 
 
-def _choose(
-    model: Any, fast: Sequence[FastBlock], tokens: int, pieces: Pieces, time: Callable[..., float]
-) -> BlockChoice:
-    device = next(fast[0].block.parameters()).device
-    x = torch.randn(1, tokens, model.activation_width, device=device).to(fast[0].dtype)
-    with ExitStack() as stack, torch.no_grad():
-        listeners = [stack.enter_context(listened(one.block)) for one in fast]
-        positions = torch.arange(tokens, device=device).unsqueeze(0)
-        seq = model.sequences(1, tokens, positions, 0, cache=listeners[0])  # as for rows side by side
-        heard = [replace(seq, cache=listener) for listener in listeners]
-        own = [partial(type(one.block).forward, one.block, x, told) for one, told in zip(fast, heard, strict=True)]
-        seconds = time(own)
-        try:
-            compiled = [CompiledBlock(one.block, x, seq, pieces) for one in fast]
-            runs = [partial(one, x, tuple(seq.rope or ()), to) for one, to in zip(compiled, listeners, strict=True)]
-            worst = max(_difference(run(), block()) for run, block in zip(runs, own, strict=True))
-        except ConfigError as error:
-            return BlockChoice(len(fast), tokens, seconds, None, str(error))
-        if not worst <= ALLOWED[x.dtype]:
-            return BlockChoice(len(fast), tokens, seconds, None, f"compiled, they differ by {worst:.1e}.")
-        faster = time(runs)
-    if faster >= seconds:
-        return BlockChoice(len(fast), tokens, seconds, faster, "compiled, they are no faster.")
-    for one, made in zip(fast, compiled, strict=True):
-        one.compiled[tokens] = made
-    return BlockChoice(len(fast), tokens, seconds, faster)
+def _owners(model: nn.Module) -> list[nn.Module]:
+    """Runs of blocks with matrices; blocks that a model calls one by one, each."""
+    runs: list[nn.Module] = [module for module in model.modules() if isinstance(module, Blocks)]
+    known = {id(block) for run in runs for block in run.children()}
+    alone = [block for _, block in repeated_blocks(model) if id(block) not in known]
+    return [run for run in (*runs, *alone) if any(isinstance(module, Multiplies) for module in run.modules())]
 
 
-def _difference(found: Tensor, want: Tensor) -> float:
-    """The largest, of the largest number."""
-    return float((found - want).abs().max() / want.abs().max())
+@dataclass(frozen=True)
+class _Trial:
+    """What blocks are tried, and what with."""
+
+    model: Any
+    fast: Sequence[FastBlocks]
+    pieces: Pieces
+    attentions: Attentions
+    time: Callable[[Sequence[Callable[[], Any]]], float]
+
+    def choose(self, tokens: int) -> BlockChoice:
+        """Compile the blocks for so many tokens; keep that where it is right and faster."""
+        blocks = [block for one in self.fast for block in one.blocks]
+        x = torch.randn(1, tokens, self.model.activation_width, device=next(blocks[0].parameters()).device)
+        x = x.to(self.fast[0].dtype)
+        positions = torch.arange(tokens, device=x.device).unsqueeze(0)
+        with listened(blocks) as listener, torch.no_grad():
+            seq = self.model.sequences(1, tokens, positions, 0, cache=listener)  # as for rows side by side
+            own = [partial(type(one.owner).forward, one.owner, x, seq) for one in self.fast]
+            seconds = self.time(own)
+            try:
+                compiled = [CompiledBlocks(one.blocks, x, seq, self.pieces, self.attentions) for one in self.fast]
+                runs = [partial(one.steps, x, tuple(seq.rope or ()), seq.cache) for one in compiled]
+                worst = max(_worst(one.blocks, x, seq, run()) for one, run in zip(self.fast, runs, strict=True))
+            except ConfigError as error:
+                return BlockChoice(len(blocks), tokens, seconds, None, str(error))
+            if not worst <= ALLOWED[x.dtype]:
+                return BlockChoice(len(blocks), tokens, seconds, None, f"compiled, they differ by {worst:.1e}.")
+            faster = self.time(runs)
+        if faster >= seconds:
+            return BlockChoice(len(blocks), tokens, seconds, faster, "compiled, they are no faster.")
+        for one, made in zip(self.fast, compiled, strict=True):
+            one.compiled[tokens] = made
+        return BlockChoice(len(blocks), tokens, seconds, faster, attention=self.attentions.reason)
+
+
+def _worst(blocks: Sequence[nn.Module], x: Tensor, seq: Sequences, steps: Sequence[Tensor]) -> float:
+    """The largest difference between a compiled block and the block itself, of what the one before it made."""
+    made = zip(blocks, (x, *steps), steps, strict=False)
+    return max(difference(after, type(block).forward(block, before, seq)) for block, before, after in made)  # type: ignore[arg-type]

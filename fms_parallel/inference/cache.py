@@ -9,6 +9,7 @@ than ranks. It knows shapes; it knows nothing of masks, positions or models.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fms_parallel.errors import ConfigError
@@ -44,13 +45,32 @@ class KVCache:
             held = self._layers[layer] = _Layer(keys, values, self.capacity)
         return held.append(keys, values)
 
+    def one_more(self, layer: int, like: Tensor) -> list[tuple[Tensor, Tensor, int]] | None:
+        """Room for one more token of every row, which the caller writes: keys and values like `like [B, K, D]`.
+
+        Returns:
+            of each row its memory, `[K, capacity, D]` each, and how many tokens it holds with the new one; None where
+            `append` must say what is the matter, or make the memory first.
+        """
+        held = self._layers.get(layer)
+        if held is None or held.length == self.capacity or not held.fits(like):
+            return None
+        held.length += 1
+        return [(keys, values, held.length) for keys, values in held.rows]
+
 
 class _Layer:
     """One layer's memory and how much of it is written."""
 
     def __init__(self, keys: Tensor, values: Tensor, capacity: int) -> None:
         self.keys, self.values = (x.new_empty(*x.shape[:2], capacity, x.shape[3]) for x in (keys, values))
+        self.rows = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
+        self._heads = torch.Size((*self.keys.shape[:2], self.keys.shape[3]))
         self.length = 0
+
+    def fits(self, like: Tensor) -> bool:
+        """Whether it holds rows like `[B, K, D]`."""
+        return like.shape == self._heads and like.dtype == self.keys.dtype
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         end, capacity = self.length + keys.shape[2], self.keys.shape[2]

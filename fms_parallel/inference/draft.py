@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fms_parallel.errors import ConfigError
 from fms_parallel.inference.kv_manager import CacheSize, KVCacheManager
-from fms_parallel.inference.paged import BlockPool, Table
+from fms_parallel.inference.paged import BlockPool
 from fms_parallel.inference.ragged import Piece
 from fms_parallel.inference.row import Row
 from fms_parallel.inference.runner import ModelRunner
@@ -71,10 +71,10 @@ class ModelProposer:
     """
 
     def __init__(self, runner: ModelRunner, tokens: int, block_size: int, chunk: int) -> None:
-        size = CacheSize.of(runner.model)
+        size = CacheSize.of(runner.model).as_one()
         self.runner, self.chunk = runner, chunk
         self.pool = BlockPool(-(-tokens // block_size), block_size, share=False)
-        self.storage = KVCacheManager(size, self.pool.blocks, block_size, runner.ranks.device)
+        self.storage = KVCacheManager(size, -(-tokens // block_size), block_size, runner.ranks.device)
         self.longest = getattr(getattr(runner.model, "config", None), "max_positions", None)
 
     @property
@@ -112,7 +112,7 @@ class ModelProposer:
     def _room(self, row: Row, tokens: int) -> bool:
         if self.longest is not None and tokens > self.longest:
             return False
-        row.draft_table = row.draft_table or Table()
+        row.draft_table = row.draft_table or self.pool.empty()
         return self.pool.grow(row.draft_table, tokens)
 
     def _catch_up(self, row: Row) -> None:
@@ -129,8 +129,7 @@ class ModelProposer:
     def _of(self, row: Row, tokens: Sequence[int], wanted: int) -> Piece:
         assert row.draft_table is not None
         start, stop = row.draft_computed, row.draft_computed + len(tokens)
-        places = self.pool.places(row.draft_table, start, stop)
-        return Piece(tokens, start, wanted, places, self.pool.runs(row.draft_table, stop))
+        return Piece(tokens, start, wanted, self.pool.where(row.draft_table, start, stop))
 
     def _choose(self, logits: Tensor, asks: Sequence[Ask], found: list[Proposal], active: Sequence[int]) -> list[int]:
         """A token per row, and beside it the distribution it was drawn from."""

@@ -58,7 +58,8 @@ class InferenceEngine(ByHand):
         layout: spread the model so first (all ranks hold the same weights); None: as it is.
         max_batch_size: rows running at a time. max_seq_len: tokens of one row, prompt and new (None: max_positions).
         cache: `paged`, `manager`, `internal` or `none`, see docs/inference.md (None: paged or an older word).
-        cache_tokens: tokens that the paged cache holds (None: max_batch_size * max_seq_len).
+        cache_tokens: tokens that the paged cache holds (None: max_batch_size * max_seq_len); fewer where layers have
+            windows.
         block_size: tokens of one of its blocks. share_prefixes: rows with the same beginning compute it once.
         serving_mode: keep the cache's memory, and what it holds, while there is nothing to do.
         max_step_tokens: of all rows in one step: the largest chunk of a prompt.
@@ -154,10 +155,7 @@ class InferenceEngine(ByHand):
 
         On several ranks the first calls it and the others are in `follow`.
         """
-        with self._lock:
-            self._obey(self._inbox.take_everywhere())
-            self._advance()
-            return not (self._idle and self._inbox.empty)
+        return self._step(patient=True)
 
     def follow(self) -> None:
         """Take part in the first rank's steps until it closes its engine. For the other ranks."""
@@ -297,7 +295,7 @@ class InferenceEngine(ByHand):
             if not self.ranks.alone:  # all ranks take the same steps without telling each other
                 self._obey(self._inbox.take())
                 while not self._idle:
-                    self._advance()
+                    self._advance(patient=False)
         failed = (Completion((), (), "", "error", one if isinstance(one, FmsError) else None) for one in read)
         return [no if handle is None else handle.result() for handle, no in zip(handles, failed, strict=True)]
 
@@ -305,8 +303,14 @@ class InferenceEngine(ByHand):
         """A step for somebody who waits, unless a thread does that."""
         if self._driver is not None or not self.ranks.is_first or self._closed:
             return False
-        self.step()
+        self._step(patient=not self.ranks.alone)  # nobody else is there who could make room
         return True
+
+    def _step(self, patient: bool) -> bool:
+        with self._lock:
+            self._obey(self._inbox.take_everywhere())
+            self._advance(patient)
+            return not (self._idle and self._inbox.empty)
 
     def _drive_on(self) -> None:
         try:
@@ -335,12 +339,12 @@ class InferenceEngine(ByHand):
     def _idle(self) -> bool:
         return self.scheduler.idle and not self._worker.flights
 
-    def _advance(self) -> None:
+    def _advance(self, patient: bool) -> None:
         if not self._idle:
             self._mode.enter()
             try:
                 with self._mode.no_gradients():
-                    self._worker.step()
+                    self._worker.step(patient)
             except BaseException:
                 self.ranks.broken = not self.ranks.alone  # where the others are, nobody knows
                 raise

@@ -28,6 +28,11 @@ class Intake:
     def __init__(self, setup: Setup, tokenizer: Tokenizer | None, vocab: int) -> None:
         self.setup, self.tokenizer, self.vocab = setup, tokenizer, vocab
         if tokenizer is not None:
+            if not isinstance(tokenizer, Tokenizer):
+                raise ConfigError(
+                    f"tokenizer is a {type(tokenizer).__name__}: give what fms_parallel.tokenizers.get_tokenizer makes "
+                    "of a folder or a file; it reads those of transformers."
+                )
             check_vocab(tokenizer, vocab)
 
     @property
@@ -69,15 +74,17 @@ class Intake:
         asked = f"{name} has {len(ids)} tokens; with max_new_tokens={options.max_new_tokens} that makes"
         if total > setup.longest:
             raise ConfigError(
-                f"{asked} {sizes(total, token)}, beyond max_seq_len={setup.longest} ({sizes(setup.longest, token)}): "
+                f"{asked} {sizes(total, total * token)}, beyond max_seq_len={setup.longest} "
+                f"({sizes(setup.longest, setup.longest * token)}): "
                 f"shorten the prompt or ask for at most {max(0, setup.longest - len(ids))} new tokens."
             )
-        least = most_blocks(max(len(ids), total - 1), setup.block_size, setup.window)
-        if setup.cache != "none" and least > setup.blocks:
-            room = f"but the whole cache has {sizes(setup.blocks * setup.block_size, token)}"
-            seen = f"window={setup.window}: {least * setup.block_size:,} of them at a time"
-            seen = "" if setup.window is None else f" ({seen})"
-            raise ConfigError(f"{asked} {sizes(total, token)}{seen}, {room}: make the engine with more cache_tokens.")
+        for window, blocks in zip(setup.size.windows, setup.blocks, strict=True):
+            least = most_blocks(max(len(ids), total - 1), setup.block_size, window)
+            if setup.cache != "none" and least > blocks:
+                has = f"but the whole cache has {sizes(blocks * setup.block_size, setup.cache_bytes)}"
+                seen = f" (window={window}: {least * setup.block_size:,} of them at a time)"
+                asked += f" {sizes(total, total * token)}{'' if window is None else seen}"
+                raise ConfigError(f"{asked}, {has}: make the engine with more cache_tokens.")
 
 
 def several_of(prompts: Any) -> list[Any]:

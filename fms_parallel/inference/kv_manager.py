@@ -10,8 +10,8 @@ Which row has which tokens is decided elsewhere (inference/paged.py): this file 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -28,13 +28,14 @@ class CacheSize:
 
     Attributes:
         layers: layer number -> (kv heads held here, D). dtype: of keys and values.
-        window: where every layer of the model has one, the longest: a query sees itself and the window - 1 tokens
-            before it; None: some layer sees all.
+        windows: of each kind of layers that the whole model has, farthest first: a query sees itself and the
+            window - 1 tokens before it; None: all before it. kinds: layer number -> its kind (else the first).
     """
 
     layers: dict[int, tuple[int, int]]
     dtype: torch.dtype
-    window: int | None = None
+    windows: tuple[int | None, ...] = (None,)
+    kinds: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> CacheSize:
@@ -46,12 +47,32 @@ class CacheSize:
                 f"{type(model).__name__} has no fms_parallel.modules.attention.Attention: the engine cannot keep its "
                 "keys and values. Build the model from those modules, or load it with get_model."
             )
-        return cls(layers, compute_dtype(model), getattr(getattr(model, "config", None), "window", None))
+        config = getattr(model, "config", None)
+        told = getattr(config, "windows", None) or dict.fromkeys(layers, getattr(config, "window", None))
+        windows = sorted(set(told.values()), key=lambda window: (window is not None, -(window or 0)))
+        kinds = {layer: windows.index(told[layer]) for layer in layers}
+        return cls(layers, compute_dtype(model), tuple(windows), kinds)
+
+    def as_one(self) -> CacheSize:
+        """The same for a cache that keeps all tokens of all layers."""
+        return replace(self, windows=(None,), kinds={})
+
+    def of_kind(self, kind: int) -> dict[int, tuple[int, int]]:
+        """Its layers on this rank."""
+        return {layer: size for layer, size in self.layers.items() if self.kinds.get(layer, 0) == kind}
+
+    def kind_bytes(self, kind: int) -> int:
+        """Bytes of one token's keys and values in the layers of one kind that this rank has."""
+        return sum(2 * heads * width for heads, width in self.of_kind(kind).values()) * self.dtype.itemsize
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values, all layers of this rank."""
-        return sum(2 * heads * width for heads, width in self.layers.values()) * self.dtype.itemsize
+        return sum(self.kind_bytes(kind) for kind in range(len(self.windows)))
+
+    def bytes_of(self, tokens: Sequence[int]) -> int:
+        """Bytes of so many tokens of each kind of layers."""
+        return sum(count * self.kind_bytes(kind) for kind, count in enumerate(tokens))
 
 
 def attentions(model: nn.Module) -> Iterator[Attention]:
@@ -105,19 +126,26 @@ class LayerMemory:
 class Storage(Protocol):
     """Who holds the layers' memory; a layer's is taken when it is first asked for."""
 
-    tokens: int
-
     @property
     def memory_bytes(self) -> int:
         """Bytes held at present."""
+        ...
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes when every layer's memory is taken."""
+        ...
+
+    def kind(self, number: int) -> int:
+        """Which kind of layers (see `CacheSize`) a layer is of."""
         ...
 
     def layer(self, number: int, like: Tensor) -> LayerMemory:
         """Memory of a layer whose keys look like `like [.., K, D]`."""
         ...
 
-    def held(self) -> Iterator[LayerMemory]:
-        """Every layer's memory taken so far."""
+    def held(self, kind: int) -> Iterator[LayerMemory]:
+        """The memory taken so far of every layer of one kind."""
         ...
 
     def release(self) -> None:
@@ -133,22 +161,32 @@ class KVCacheManager:
     """Keys and values of `rows` rows of up to `capacity` tokens, outside the model, allocated once.
 
     Args:
-        size: what the model keeps per token. rows, capacity: how much fits.
+        size: what the model keeps per token. rows, capacity: how much fits; several `rows`: of each kind of layers.
     """
 
-    def __init__(self, size: CacheSize, rows: int, capacity: int, device: torch.device) -> None:
-        self.size, self.rows, self.capacity, self.device = size, rows, capacity, device
-        self.tokens = rows * capacity
+    def __init__(self, size: CacheSize, rows: int | Sequence[int], capacity: int, device: torch.device) -> None:
+        several = [rows] * len(size.windows) if isinstance(rows, int) else list(rows)
+        self.size, self.rows, self.capacity, self.device = size, several[0], capacity, device
+        self._tokens = [count * capacity for count in several]
         self._layers: dict[int, LayerMemory] = {}
+
+    def kind(self, number: int) -> int:
+        """Which kind of layers a layer is of."""
+        return self.size.kinds.get(number, 0)
 
     @property
     def memory_bytes(self) -> int:
         """Bytes held at present."""
         return sum(memory.memory_bytes for memory in self._layers.values())
 
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes when every layer's memory is taken."""
+        return self.size.bytes_of(self._tokens)
+
     def get_memory_usage(self) -> dict[str, float]:
         """Sizes for a person: MiB held, MiB when all layers are allocated, layers, rows and tokens per row."""
-        held, whole = self.memory_bytes / 2**20, self.tokens * self.size.token_bytes / 2**20
+        held, whole = self.memory_bytes / 2**20, self.whole_bytes / 2**20
         counts = {"layers": len(self.size.layers), "rows": self.rows, "capacity": self.capacity}
         return {"held_mib": held, "whole_mib": whole, **counts}
 
@@ -156,19 +194,21 @@ class KVCacheManager:
         """Take the memory of all layers now rather than at their first use."""
         for number, (heads, width) in self.size.layers.items():
             if number not in self._layers:
-                self._layers[number] = LayerMemory.empty(self.tokens, heads, width, self.size.dtype, self.device)
+                tokens = self._tokens[self.kind(number)]
+                self._layers[number] = LayerMemory.empty(tokens, heads, width, self.size.dtype, self.device)
 
     def layer(self, number: int, like: Tensor) -> LayerMemory:
         """Memory of one layer."""
         held = self._layers.get(number)
         if held is None or held.keys.dtype != like.dtype:  # allocated ahead for another dtype than is computed in
-            held = LayerMemory.empty(self.tokens, like.shape[-2], like.shape[-1], like.dtype, like.device)
+            tokens = self._tokens[self.kind(number)]
+            held = LayerMemory.empty(tokens, like.shape[-2], like.shape[-1], like.dtype, like.device)
             self._layers[number] = held
         return held
 
-    def held(self) -> Iterator[LayerMemory]:
-        """Every layer's memory taken so far."""
-        return iter(self._layers.values())
+    def held(self, kind: int) -> Iterator[LayerMemory]:
+        """The memory taken so far of every layer of one kind."""
+        return (memory for number, memory in self._layers.items() if self.kind(number) == kind)
 
     def release(self) -> None:
         """Give all memory back."""
@@ -184,12 +224,14 @@ class AttentionMemory:
 
     It is a plain attribute: no state_dict knows it, no `.to()` moves it.
 
+    Args:
+        size: what the model keeps per token. tokens: how many fit.
     Raises:
         ConfigError: another engine keeps its cache in this model.
     """
 
-    def __init__(self, model: nn.Module, tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(self, model: nn.Module, size: CacheSize, tokens: int) -> None:
+        self.size, self.tokens = size, tokens
         self._modules = {module.layer: module for module in attentions(model)}
         if not self._modules:
             raise ConfigError("cache='internal' needs attention modules of ours: use cache='paged' or 'manager'.")
@@ -205,7 +247,16 @@ class AttentionMemory:
     @property
     def memory_bytes(self) -> int:
         """Bytes held at present."""
-        return sum(memory.memory_bytes for memory in self.held())
+        return sum(memory.memory_bytes for memory in self.held(0))
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes when every layer's memory is taken."""
+        return self.tokens * self.size.token_bytes
+
+    def kind(self, number: int) -> int:
+        """All layers are of one kind here."""
+        return 0
 
     def layer(self, number: int, like: Tensor) -> LayerMemory:
         """Memory of one layer."""
@@ -216,7 +267,7 @@ class AttentionMemory:
         held: LayerMemory = vars(module)["kv_memory"]
         return held
 
-    def held(self) -> Iterator[LayerMemory]:
+    def held(self, kind: int) -> Iterator[LayerMemory]:
         """Every layer's memory taken so far."""
         return (vars(m)["kv_memory"] for m in self._modules.values() if "kv_memory" in vars(m))
 

@@ -37,6 +37,8 @@ class Options:
         logprobs: tell the log-probability of each new token, and of this many of the likeliest; None: of none.
         prompt_logprobs: the same of each token of the prompt but the first; then max_new_tokens may be 0.
         min_new_tokens: before so many nothing ends a row: no token of `endings.eos` is chosen, no stop is looked for.
+        priority: of rows that wait the one with the least begins first; when the cache is full, the one with the
+            greatest gives its blocks back.
     """
 
     max_new_tokens: int = 128
@@ -55,13 +57,14 @@ class Options:
     endings: Endings = field(default_factory=Endings)
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         for name, (least, most, rule) in _RANGES.items():
             value = getattr(self, name)
             if not (isinstance(value, int | float) and math.isfinite(value) and least <= value <= most):
                 raise ConfigError(f"{name}={value!r}: must be {rule}.")
-        for name in ("max_new_tokens", "min_new_tokens", "seed", "row", "top_k", "logprobs", "prompt_logprobs"):
+        for name in _WHOLE:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ConfigError(f"{name}={value!r}: must be a whole number.")
@@ -132,6 +135,7 @@ class Options:
             check_tokens(name, ids, vocab)
 
 
+_WHOLE = ("max_new_tokens", "min_new_tokens", "seed", "row", "top_k", "logprobs", "prompt_logprobs", "priority")
 _RANGES: dict[str, tuple[float, float, str]] = {
     "temperature": (0, math.inf, "a number >= 0 (0 takes the likeliest token)"),
     "min_p": (0, 1, "in [0, 1]"),

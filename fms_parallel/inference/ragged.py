@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -21,7 +20,8 @@ from torch import Tensor
 from fms_parallel import compat
 from fms_parallel.errors import FmsError
 from fms_parallel.inference.kv_manager import Storage
-from fms_parallel.inference.paged import Run
+from fms_parallel.inference.one_query import Stretch
+from fms_parallel.inference.paged import Run, Where
 from fms_parallel.modules.block_attention import block, merge
 from fms_parallel.modules.scores import scores
 from fms_parallel.modules.sequences import Wanted
@@ -36,16 +36,14 @@ class Piece:
 
     Attributes:
         tokens: their ids. start: position of the first. wanted: logits of the last so many.
-        places: where in the pool their keys and values go. runs: where those of all start + len(tokens) lie.
-            Both are empty without a cache; then `start` is 0. gone: so many of the first are not there any more.
+        where: of each kind of layers, where their keys and values go, and where those of all start + len(tokens) lie.
+            Empty without a cache; then `start` is 0.
     """
 
     tokens: Sequence[int]
     start: int
     wanted: int = 1
-    places: Sequence[int] = ()
-    runs: Sequence[Run] = ()
-    gone: int = 0
+    where: Sequence[Where] = ()
 
     @property
     def end(self) -> int:
@@ -55,14 +53,13 @@ class Piece:
 
 @dataclass
 class _Span:
-    """A piece within the run of tokens, under one window: what all layers share.
+    """A piece within the run of tokens, under one window: what all layers of a kind share.
 
     Attributes:
         first, last: its place there. runs: those that any of its queries can see. mask: where causal does not say it.
         scattered: places of the runs' tokens, where they are copied.
     """
 
-    piece: Piece
     first: int
     last: int
     runs: list[Run]
@@ -76,13 +73,17 @@ class RaggedBatch:
     Args:
         pieces: at most one per row. storage: of keys and values; None: a piece attends to itself alone.
         whole: ask for all logits on every rank of tp, rather than for its run of the vocabulary.
+    Attributes:
+        windows: layer -> the window that it has asked for.
     """
 
     def __init__(
         self, pieces: Sequence[Piece], storage: Storage | None, device: torch.device, *, whole: bool = False
     ) -> None:
         self.pieces, self.storage, self.device = pieces, storage, device
-        self._spans: dict[int | None, list[_Span]] = {}  # by window
+        self.windows: dict[int, int | None] = {}
+        self._spans: dict[tuple[int, int | None], list[_Span]] = {}  # by kind of layers and window
+        self._places: dict[int, Tensor] = {}
         ids: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []
@@ -95,40 +96,50 @@ class RaggedBatch:
         self.wanted = Wanted(torch.tensor(wanted, dtype=torch.int64, device=device), whole)
 
     @property
-    def windows(self) -> set[int | None]:
-        """Those that layers have asked for."""
-        return set(self._spans)
-
-    @property
     def first_position(self) -> int:
         """What makes the model see the largest position of all rows as its last (negative where rows are many)."""
         return max(piece.end for piece in self.pieces) - self.input_ids.shape[1]
 
-    @cached_property
-    def _places(self) -> Tensor:
-        return torch.tensor([place for piece in self.pieces for place in piece.places], device=self.device)
-
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
         """Store `k, v [1, N, K, D]`; let `q [1, N, H, D]` attend to its row's: `[1, N, H, D]`."""
         grouped = q.view(q.shape[1], k.shape[2], -1, q.shape[3])  # the heads that read one kv head side by side
+        self.windows[layer] = window
         if self.storage is None:
-            outs = [_within(grouped, k, v, span, scale) for span in self._under(window)]
+            outs = [_within(grouped, k, v, span, scale) for span in self._under(0, window)]
         else:
-            memory = self.storage.layer(layer, k)
-            memory.write(self._places, k[0], v[0])
+            memory, kind = self.storage.layer(layer, k), self.storage.kind(layer)
+            memory.write(self._places_of(kind), k[0], v[0])
             keys, values = memory.keys.unsqueeze(0), memory.values.unsqueeze(0)
-            outs = [_over(grouped, keys, values, span, scale) for span in self._under(window)]
+            outs = [_over(grouped, keys, values, span, scale) for span in self._under(kind, window)]
         return (outs[0] if len(outs) == 1 else torch.cat(outs)).view(q.shape)
 
-    def _under(self, window: int | None) -> list[_Span]:
-        """The pieces, with what they can see under a window."""
-        if window not in self._spans:
+    def stretches(self, layer: int, k: Tensor, window: int | None) -> list[Stretch] | None:
+        """Where the rows lie, a query each; see `stretches_of`."""
+        if self.storage is None:
+            return None
+        self.windows[layer] = window
+        spans = self._under(self.storage.kind(layer), window)
+        if any(span.last - span.first > 1 or len(span.runs) > 1 for span in spans):
+            return None
+        memory = self.storage.layer(layer, k)
+        return [Stretch(memory.keys, memory.values, *span.runs[0]) for span in spans]
+
+    def _places_of(self, kind: int) -> Tensor:
+        """int64 `[N]`: where the tokens go in the memory of these layers."""
+        if kind not in self._places:
+            places = [place for piece in self.pieces for place in piece.where[kind].places]
+            self._places[kind] = torch.tensor(places, device=self.device)
+        return self._places[kind]
+
+    def _under(self, kind: int, window: int | None) -> list[_Span]:
+        """The pieces, with what they can see under a window in the memory of these layers."""
+        if (kind, window) not in self._spans:
             ends = list(accumulate(len(piece.tokens) for piece in self.pieces))
-            self._spans[window] = [
-                _Span(piece, end - len(piece.tokens), end, _seen(piece, window), _mask(piece, window, self.device))
+            self._spans[kind, window] = [
+                _Span(end - len(piece.tokens), end, _seen(piece, kind, window), _mask(piece, window, self.device))
                 for piece, end in zip(self.pieces, ends, strict=True)
             ]
-        return self._spans[window]
+        return self._spans[kind, window]
 
 
 # ---- one piece: of all pieces' q [N, K, H/K, D], its own [n, K, H/K, D] ------------------------------------------
@@ -177,16 +188,19 @@ def _merged(q: Tensor, keys: Tensor, values: Tensor, runs: Sequence[Run], scale:
     return total[0].to(q.dtype).reshape(q.shape)
 
 
-def _seen(piece: Piece, window: int | None) -> list[Run]:
+def _seen(piece: Piece, kind: int, window: int | None) -> list[Run]:
     """The runs that any query of the piece can see. Raises FmsError where it could see tokens that are gone."""
-    hidden = (0 if window is None else max(0, piece.start - window + 1)) - piece.gone
+    if not piece.where:
+        return []
+    where = piece.where[kind]
+    hidden = (0 if window is None else max(0, piece.start - window + 1)) - where.gone
     if hidden < 0:
         raise FmsError(
             f"attention with window={window} reads {-hidden} tokens whose blocks were given back: the model's "
             "config.window is less than what its layers see; set it to the longest, or to None."
         )
     seen = []
-    for first, count in piece.runs:
+    for first, count in where.runs:
         cut = min(hidden, count)
         hidden -= cut
         if count > cut:

@@ -23,6 +23,27 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
+class KindReport:
+    """The cache of layers that see equally far.
+
+    Attributes:
+        window: how far; None: all. layers: of them on this rank. tokens: that fit; used: that running rows hold;
+            kept: of rows that ended, for rows to come.
+    """
+
+    window: int | None
+    layers: int
+    tokens: int
+    used: int
+    kept: int
+
+    def __str__(self) -> str:
+        sees = "that see all" if self.window is None else f"with window {self.window:,}"
+        counts = f"{self.used:,} tokens used, {self.kept:,} kept for sharing, {self.tokens:,} in all"
+        return f"{self.layers} {sees}: {counts}"
+
+
+@dataclass(frozen=True)
 class MemoryReport:
     """Memory of one rank's engine.
 
@@ -32,7 +53,8 @@ class MemoryReport:
             and of earlier rows, how many were found instead of computed; kept: of rows that ended, for rows to come.
         rows: that may run at a time. longest: tokens of one row at most. draft: bytes of the draft model's cache.
         copies: bytes of matrices laid out for decoding, beside the weights.
-        window: rows keep the blocks of so many of their last tokens; None: of all.
+        window: rows keep the blocks of so many of their last tokens; None: of all, at least in some layers.
+        kinds: layers that see equally far, farthest first. `tokens`, `used`, `kept` are of the first of them.
     """
 
     weights: int
@@ -48,6 +70,7 @@ class MemoryReport:
     draft: int = 0
     copies: int = 0
     window: int | None = None
+    kinds: tuple[KindReport, ...] = ()
 
     @property
     def free(self) -> int:
@@ -69,6 +92,8 @@ class MemoryReport:
         ]
         if self.copies:
             lines.insert(1, ("copies", f"{self.copies / GIB:.3f} GiB of weights laid out for decoding"))
+        if len(self.kinds) > 1:
+            lines += [("layers", str(kind)) for kind in self.kinds]
         if self.draft:
             lines.append(("draft cache", f"{self.draft / GIB:.3f} GiB"))
         return "\n".join(f"{name:12}{text}" for name, text in lines)
@@ -102,9 +127,9 @@ class Counts:
         return cls(waiting, running, finished, preemptions, *totals)
 
 
-def sizes(tokens: int, token_bytes: int) -> str:
+def sizes(tokens: int, memory_bytes: int) -> str:
     """`1,024 tokens (0.125 GiB)`: how sizes are told in errors."""
-    return f"{tokens:,} tokens ({tokens * token_bytes / GIB:.3f} GiB)"
+    return f"{tokens:,} tokens ({memory_bytes / GIB:.3f} GiB)"
 
 
 def memory_report(
@@ -118,21 +143,32 @@ def memory_report(
     """What an engine of these parts holds on this rank."""
     weights = sum(_local_bytes(p) for p in {id(p): p for p in model.parameters()}.values())
     token, block = setup.size.token_bytes, 0 if pool is None else pool.block_size
-    counts = (0, 0, 0, 0) if pool is None else (pool.blocks, pool.in_use, pool.shared_tokens, pool.kept)
+    kinds = (
+        ()
+        if pool is None
+        else tuple(
+            KindReport(
+                kind.window, len(setup.size.of_kind(n)), kind.blocks * block, kind.in_use * block, kind.kept * block
+            )
+            for n, kind in enumerate(pool.kinds)
+        )
+    )
+    first = kinds[0] if kinds else KindReport(None, 0, 0, 0, 0)
     return MemoryReport(
         weights=weights,
         cache=0 if storage is None else storage.memory_bytes,
-        cache_whole=0 if storage is None else storage.tokens * token,
+        cache_whole=0 if storage is None else storage.whole_bytes,
         token=token,
-        tokens=counts[0] * block,
-        used=counts[1] * block,
-        shared=counts[2],
-        kept=counts[3] * block,
+        tokens=first.tokens,
+        used=first.used,
+        shared=0 if pool is None else pool.shared_tokens,
+        kept=first.kept,
         rows=setup.rows,
         longest=setup.longest,
         draft=0 if proposer is None else proposer.memory_bytes,
         copies=0 if fast is None else fast.extra_bytes,
         window=setup.window,
+        kinds=kinds,
     )
 
 

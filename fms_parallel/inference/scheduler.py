@@ -3,9 +3,10 @@
     budget 8     decode decode decode | chunk chunk chunk chunk chunk      prompts fill what decodes leave
                  row 0  row 1  row 2    row 3 (5 of its 40 tokens)
 
-Rows are served in the order they came. A row takes blocks as it grows; when none is left, the row that came last gives
-its own back and waits again, its tokens kept: it computes them anew, and its next tokens are the same, because they
-depend on nothing else. What it decides depends on requests alone, never on clocks: every rank decides the same.
+Rows are served in the order they came, those of another priority before or behind them. A row takes blocks as it grows;
+when none is left, the row that came last gives its own back and waits again, its tokens kept: it computes them anew,
+and its next tokens are the same, because they depend on nothing else. What it decides depends on requests alone, never
+on clocks: every rank decides the same.
 """
 
 from __future__ import annotations
@@ -38,12 +39,15 @@ class Scheduler:
     Args:
         pool: whose blocks rows take; None: nothing is cached, every step computes each row as a whole.
         draft: proposals per row and step, which count as its tokens.
+    Attributes:
+        hopeless: rows that had the whole cache to themselves and could not go on: nothing would ever change that.
     """
 
     def __init__(self, limits: Limits, pool: BlockPool | None, draft: int = 0) -> None:
         self.limits, self.pool, self.draft = limits, pool, draft
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
+        self.hopeless: list[Row] = []
         self.preemptions = 0
         self._turn = 0
 
@@ -58,8 +62,8 @@ class Scheduler:
         yield from self.waiting
 
     def add(self, row: Row) -> None:
-        """A row that waits."""
-        self.waiting.append(row)
+        """A row that waits, behind those of its priority."""
+        self._queue(row, sum(other.options.priority <= row.options.priority for other in self.waiting))
 
     def end(self, row: Row) -> None:
         """A row is done, wherever it is; its blocks are free."""
@@ -111,12 +115,12 @@ class Scheduler:
     def _chunk(self, row: Row, budget: int) -> int:
         """How many tokens of its prompt a row computes next.
 
-        It has blocks for all of them, unless there is a window: then for as many as find blocks, and if need be for
+        It has blocks for all of them, unless layers have windows: then for as many as find blocks, and if need be for
         one, from rows that came later; 0: it gave its own back.
         """
         assert self.pool is not None and row.table is not None
         count = min(row.left, budget)
-        if self.pool.window is None:
+        if not self.pool.slides:
             return count
         count = max(1, min(count, self.pool.reach(row.table) - row.computed))
         return count if self._grow(row, row.computed + count) else 0
@@ -125,9 +129,12 @@ class Scheduler:
         """Blocks for so many tokens of a row, if need be those of rows that came later; False: it gave its own back."""
         assert self.pool is not None and row.table is not None
         while not self.pool.grow(row.table, tokens):
-            victim = next((other for other in reversed(self.running) if not other.busy), row)
+            free = [other for other in reversed(self.running) if not other.busy]
+            victim = max(free, key=lambda other: other.options.priority, default=row)  # the latest of several
             self._preempt(victim)
             if victim is row:
+                if not self.pool.in_use:
+                    self.hopeless.append(row)
                 return False
         return True
 
@@ -138,8 +145,12 @@ class Scheduler:
     def _preempt(self, row: Row) -> None:
         self._give_back(row)
         self.running.remove(row)
-        self.waiting.appendleft(row)
+        self._queue(row, sum(other.options.priority < row.options.priority for other in self.waiting))
         self.preemptions += 1
+
+    def _queue(self, row: Row, before: int) -> None:
+        """Rows wait in the order of their priorities."""
+        self.waiting.insert(before, row)
 
     def _give_back(self, row: Row) -> None:
         if self.pool is not None and row.table is not None:
@@ -170,8 +181,8 @@ class Scheduler:
         if begun is None:
             return False
         row.table, row.computed = begun
-        grow = sum(self.pool.missing(other.table, other.longest) > 0 for other in self.running if other.table)
-        if self.running and self.pool.available < grow + self.pool.missing(row.table, len(row.tokens)):
+        others = [(other.table, other.longest) for other in self.running if other.table]
+        if self.running and not self.pool.leaves_room(row.table, len(row.tokens), others):
             self._give_back(row)
             return False
         row.shared = max(row.shared, min(row.computed, len(row.prompt)))

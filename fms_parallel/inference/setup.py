@@ -6,6 +6,7 @@ It knows models only by their config and attention modules.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +44,8 @@ class Setup:
 
     Attributes:
         cache: one of `CACHES`. size: what the model keeps per token. rows: at a time. longest: tokens of one.
-        block_size, blocks: of the cache. share: rows with the same beginning share blocks. step: tokens of one forward.
-        window: behind which rows give blocks back (see `CacheSize`); None: they keep all.
+        block_size, blocks: of the cache, of each kind of layers. share: rows with the same beginning share blocks.
+        step: tokens of one forward.
     """
 
     cache: str
@@ -52,10 +53,9 @@ class Setup:
     rows: int
     longest: int
     block_size: int
-    blocks: int
+    blocks: tuple[int, ...]
     share: bool
     step: int
-    window: int | None = None
 
     @classmethod
     def read(
@@ -93,24 +93,33 @@ class Setup:
         if tokens is not None and mode != "paged":
             raise ConfigError(f"cache_tokens={tokens} with cache={mode!r}: it is of the paged cache; drop one of them.")
         size = CacheSize.of(model)
-        window = size.window if mode == "paged" else None
         if mode == "paged":
-            row = most_blocks(longest, block_size, window, step + drafted)
-            blocks = rows * row if tokens is None else tokens // block_size
-            if blocks < 1:
+            wanted = [rows * most_blocks(longest, block_size, window, step + drafted) for window in size.windows]
+            blocks = tuple(wanted) if tokens is None else _of_tokens(tokens // block_size, wanted)
+            if blocks[0] < 1:
                 raise ConfigError(f"cache_tokens={tokens}: must hold one block of {block_size} tokens.")
         else:
-            block_size, blocks, share = longest, rows, False
-        made = cls(mode, size, rows, longest, block_size, blocks, share, step, window)
+            size, block_size, blocks, share = size.as_one(), longest, (rows,), False
+        made = cls(mode, size, rows, longest, block_size, blocks, share, step)
         made._check_memory(next((p.device for p in model.parameters()), torch.device("cpu")))
         return made
+
+    @property
+    def window(self) -> int | None:
+        """Behind which rows give back blocks of all layers; None: of some they keep all."""
+        return self.size.windows[0]
 
     def chunk(self, asked: int | None) -> int | None:
         """Tokens of a row that a caller's own loop computes at a time, `asked` at most; None: all.
 
-        With a window a row has no place for all its tokens at once.
+        Where layers have a window a row has no place for all its tokens at once.
         """
-        return asked if self.window is None else min(asked or self.step, self.step)
+        return asked if self.size.windows == (None,) else min(asked or self.step, self.step)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the whole cache on this rank."""
+        return self.size.bytes_of([count * self.block_size for count in self.blocks])
 
     def check_numbers(
         self, model: nn.Module, layers: int | None, heads: int | None, width: int | None, rows: int | None
@@ -129,12 +138,16 @@ class Setup:
     def _check_memory(self, device: torch.device) -> None:
         """A cache that cannot be is refused now, not when requests have filled it."""
         free = available_bytes(device)
-        tokens = 0 if self.cache == "none" else self.blocks * self.block_size
-        if free is not None and tokens * self.size.token_bytes > free:
+        if free is not None and self.cache != "none" and self.cache_bytes > free:
             raise ConfigError(
-                f"a cache of {sizes(tokens, self.size.token_bytes)} does not fit the {free / 2**30:.2f} GiB that are "
-                "free: lower max_seq_len, max_batch_size, or cache_tokens."
+                f"a cache of {sizes(self.blocks[0] * self.block_size, self.cache_bytes)} does not fit the "
+                f"{free / 2**30:.2f} GiB that are free: lower max_seq_len, max_batch_size, or cache_tokens."
             )
+
+
+def _of_tokens(blocks: int, wanted: Sequence[int]) -> tuple[int, ...]:
+    """So many of the layers that see farthest; of others no more than rows can ever need."""
+    return (blocks, *(min(blocks, most) for most in wanted[1:]))
 
 
 def _check_whole(**numbers: Any) -> None:
@@ -217,9 +230,10 @@ def make_cache(model: nn.Module, setup: Setup, device: torch.device) -> tuple[Bl
     """Which rows have which tokens, and where their keys and values lie; no memory is taken yet."""
     if setup.cache == "none":
         return None, None
-    pool = BlockPool(setup.blocks, setup.block_size, share=setup.share, window=setup.window)
+    blocks = dict(zip(setup.size.windows, setup.blocks, strict=True))
+    pool = BlockPool(blocks, setup.block_size, share=setup.share)
     if setup.cache == "internal":
-        return pool, AttentionMemory(model, setup.blocks * setup.block_size)
+        return pool, AttentionMemory(model, setup.size, setup.blocks[0] * setup.block_size)
     return pool, KVCacheManager(setup.size, setup.blocks, setup.block_size, device)
 
 

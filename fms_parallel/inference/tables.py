@@ -40,10 +40,9 @@ class HeldRow:
         stop = len(self.tokens) if most is None else min(len(self.tokens), self.computed + most)
         if not self.pool.grow(self.table, stop):
             raise self._full()
-        places = self.pool.places(self.table, self.computed, stop)
         asked = wanted if stop == len(self.tokens) else 0
-        runs, gone = self.pool.runs(self.table, stop), self.table.gone * self.pool.block_size
-        return Piece(self.tokens[self.computed : stop], self.computed, asked, places, runs, gone)
+        where = self.pool.where(self.table, self.computed, stop)
+        return Piece(self.tokens[self.computed : stop], self.computed, asked, where)
 
     def did(self, piece: Piece) -> None:
         """That piece is computed."""
@@ -58,9 +57,7 @@ class HeldRow:
         if self.pool is None or self.table is None:
             return
         shared = self.table.known * self.pool.block_size > length
-        seen = max(0, self.computed - (self.pool.window or 0) + 1)
-        gone = self.table.gone * self.pool.block_size > seen
-        if shared or gone:
+        if shared or self.pool.has_gone(self.table, self.computed):
             # Others may share these blocks, so they are not written again: begin anew with what is known of them. And
             # so where the window would have to go back to tokens that are not there any more.
             self.close()
@@ -81,10 +78,10 @@ class HeldRow:
             forked = self.pool.fork(self.table, self.computed)
             if forked is None:
                 raise self._full()
-            other.table, copied, target = forked
-            if copied is not None:
-                for memory in storage.held():
-                    memory.copy(copied[0], target, copied[1])
+            other.table, copied = forked
+            for kind, source, target, count in copied:
+                for memory in storage.held(kind):
+                    memory.copy(source, target, count)
         return other
 
     def close(self) -> None:

@@ -51,7 +51,7 @@ class TransformersModel(nn.Module):
     Args:
         model: of transformers. parallel: how it is spread. parts: of it that run on this rank, when not all do.
     Attributes:
-        config: vocab_size, max_positions, heads, layers and window (see `CacheSize`; found out), under our names.
+        config: vocab_size, max_positions, heads, layers and windows (layer -> window; found out), under our names.
         cache_layers: layer -> kv heads and D.
         expected: of a model in stages: what `alone` gave before it was cut.
     Raises:
@@ -79,7 +79,7 @@ class TransformersModel(nn.Module):
             max_positions=getattr(text, "max_position_embeddings", None),
             heads=heads,
             layers=text.num_hidden_layers,
-            window=None,
+            windows={},
         )
         self.activation_width = text.hidden_size
         self._attending: list[Any] = [module for module in self.inner.modules() if "layer_idx" in vars(module)]
@@ -154,8 +154,7 @@ class TransformersModel(nn.Module):
         batch = RaggedBatch(pieces, None, next(parameter.device for parameter in self.inner.parameters()), whole=True)
         with _evaluating(self.inner):
             logits = self.run(self.inner, batch, batch.input_ids, batch.positions, batch.wanted)
-        asked = [window for window in batch.windows if window is not None]
-        self.config.window = max(asked) if len(asked) == len(batch.windows) else None
+        self.config.windows = batch.windows
         return logits
 
     def compare(self, alone: Tensor, run: Callable[[list[Piece]], Tensor]) -> None:

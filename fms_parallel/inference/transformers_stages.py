@@ -63,7 +63,7 @@ def spread(model: nn.Module, layout: ParallelLayout) -> TransformersModel:
     if layout.pp == 1:
         return TransformersModel(parts[0], Parallel(engine.layout, engine.mesh))
     found = TransformersModel(model, Parallel(engine.layout, engine.mesh), parts)
-    found.expected, found.config.window = alone, whole.config.window
+    found.expected, found.config.windows = alone, whole.config.windows
     recording, tokens = _recorded(engine, whole)
     _refuse_crossing(found, engine.stages[0].cut_run, recording, tokens)
     stages = [TransformersStage(found, stage, recording, tokens) for stage in engine.stages]

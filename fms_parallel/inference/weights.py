@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from fms_parallel.distributed.boxes import local_tensor
 from fms_parallel.errors import ConfigError
-from fms_parallel.inference.blocks import BlockChoice, FastBlock, fast_blocks
+from fms_parallel.inference.blocks import BlockChoice, FastBlocks, fast_blocks
 from fms_parallel.inference.compiled import MOST_ROWS, Compiled
 from fms_parallel.inference.kernels import COMPILED, NAMES, STORED, Kernel, candidate
 from fms_parallel.modules.embedding import Embedding
@@ -70,7 +70,7 @@ class Prepared:
         self,
         modules: Sequence[Multiplies],
         choices: Sequence[Choice],
-        fast: Sequence[FastBlock] = (),
+        fast: Sequence[FastBlocks] = (),
         blocks: Sequence[BlockChoice] = (),
     ) -> None:
         self.choices, self.blocks = tuple(choices), tuple(blocks)

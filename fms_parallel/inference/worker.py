@@ -60,18 +60,32 @@ class Worker:
         self.forget, self.counts = forget, Counter[str]()
         self.flights: deque[Flight] = deque()
 
-    def step(self) -> None:
+    def step(self, patient: bool = True) -> None:
         """Begin as many steps as can be under way, each with rows of its own; take the tokens of the oldest.
+
+        Args:
+            patient: rows may wait for blocks that a caller's own loop holds; otherwise the first of them ends with an
+                error, when nothing else goes on.
 
         A row whose logits are no distribution ends with an error, and so do all of a step that fails.
 
         Raises:
             what the forward raised, when it failed with other ranks in it: they may not have.
         """
+        begun = False
         while len(self.flights) < self.runner.groups and (planned := self.scheduler.plan(self.runner.groups)):
             self._begin(planned)
+            begun = True
         if self.flights:
             self._take()
+        for row in self.scheduler.hopeless:
+            said = f"a row of {len(row.tokens)} tokens had the whole cache and could not go on"
+            self._give_up(row, f"{said}: ask for fewer, or make the engine with more cache_tokens.")
+        self.scheduler.hopeless.clear()
+        if self.scheduler.waiting and not (begun or patient or self.scheduler.running or self.flights):
+            row = self.scheduler.waiting[0]
+            said = f"a row of {len(row.tokens)} tokens waits for blocks that rows of prefill or ScheduleGeneration hold"
+            self._give_up(row, f"{said}: clear() or close() them first, or make the engine with more cache_tokens.")
 
     def finish(self) -> None:
         """Take the tokens of all steps under way."""
@@ -134,6 +148,12 @@ class Worker:
             if row.finish is not None and not ended:  # its owner could not take it
                 self.forget(row)
 
+    def _give_up(self, row: Row, why: str) -> None:
+        """End a row that would wait, or be begun again and again, for ever."""
+        row.fail(FmsError(why))
+        self.forget(row)
+        row.tell(())
+
     def _settle(self, row: Row) -> None:
         """Offer a row's full blocks to others; let it go when it has ended."""
         pool = self.scheduler.pool
@@ -150,9 +170,7 @@ class Worker:
         tokens = row.tokens[start:stop] + (list(row.drafted) if stop == len(row.tokens) else [])
         if pool is None or row.table is None:
             return Piece(tokens, start, wanted)
-        end = start + len(tokens)
-        places, runs = pool.places(row.table, start, end), pool.runs(row.table, end)
-        return Piece(tokens, start, wanted, places, runs, row.table.gone * pool.block_size)
+        return Piece(tokens, start, wanted, pool.where(row.table, start, start + len(tokens)))
 
     def _propose(self, planned: Planned) -> dict[int, Proposal]:
         """Tokens behind the last of each row that decodes, as far as its cache and its request allow."""

@@ -69,6 +69,8 @@ class Rotary:
         """
         inverse, factor = SCALINGS[self.kind](self, length)
         angles = positions.to(torch.float32).unsqueeze(-1) * inverse.to(positions.device)
+        if factor == 1:
+            return angles.cos(), angles.sin()
         return angles.cos() * factor, angles.sin() * factor
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fms_parallel.errors import LayoutError, TrainingError
 from fms_parallel.fit import check_tied
 from fms_parallel.layout import ParallelLayout
+from fms_parallel.modules.blocks import Blocks
 from fms_parallel.modules.context import Context, positions_of
 from fms_parallel.modules.sequences import DropoutKey
 from fms_parallel.strategy.base import repeated_blocks
@@ -78,7 +79,7 @@ class Stage(nn.Module):
         super().__init__()
         self.index, count = place
         self.is_first, self.is_last = self.index == 0, self.index == count - 1
-        self.before, self.blocks, self.after = nn.ModuleDict(before), nn.ModuleList(blocks), nn.ModuleDict(after)
+        self.before, self.blocks, self.after = nn.ModuleDict(before), Blocks(blocks), nn.ModuleDict(after)
         self._model = (model,)  # in a tuple: not a child
         self.micro_batch = self.length = 0
         self.context: Context | None = None
@@ -122,8 +123,7 @@ class Stage(nn.Module):
         seq = model.sequences(len(labels), self.length, positions, dropout=key, context=self.context, **facts)
         if self.is_first:
             x = model.enter(x, seq)
-        for block in self.blocks:
-            x = block(x, seq)
+        x = self.blocks(x, seq)
         if self.is_last and self.judge is not None:
             found = self.judge(model.leave(x, seq), labels)
             return found.to(torch.promote_types(x.dtype, torch.float32))
@@ -143,8 +143,7 @@ class Stage(nn.Module):
         seq = model.sequences(batch, length, told.positions, told.first_position, mask=None, cache=told)
         if self.is_first:
             x = model.enter(x, seq)
-        for block in self.blocks:
-            x = block(x, seq)
+        x = self.blocks(x, seq)
         return model.leave(x, seq, None, told.wanted) if self.is_last else x  # type: ignore[no-any-return]
 
 

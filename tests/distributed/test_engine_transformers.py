@@ -27,9 +27,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", WIDE),
     "gpt2": ("GPT2LMHead", GPT2),  # a table of positions, and a head that is the embedding
     "mistral": ("Mistral", WIDE | {"sliding_window": 7, "head_dim": 8}),
+    "qwen2": ("Qwen2", WIDE | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
 }
-CASES = {2: [("llama", "pp=2"), ("gpt2", "pp=2"), ("mistral", "pp=2"), ("llama", "tp=2")], 4: [("llama", "pp=2,tp=2")]}
+CASES = {
+    2: [("llama", "pp=2"), ("gpt2", "pp=2"), ("mistral", "pp=2"), ("qwen2", "pp=2"), ("qwen2", "tp=2")],
+    4: [("llama", "pp=2,tp=2")],
+}
 """World size -> models and layouts."""
+WINDOWS: dict[str, list[int | None]] = {"mistral": [7], "qwen2": [None, 7]}
+"""Of the kinds of layers; on every rank, whichever of them it has."""
 NEW = 12
 
 
@@ -52,6 +58,9 @@ def served(name: str, layout: str) -> list[list[list[int]]]:
     ):
         with InferenceEngine(model_of(name), layout=layout, **options) as engine:
             found.append([list(one.tokens) for one in engine.generate(PROMPTS, max_new_tokens=NEW)])
+            kinds = engine.memory_report().kinds
+            assert not kinds or [kind.window for kind in kinds] == WINDOWS.get(name, [None])
+            assert not any(kind.used for kind in kinds)
     return found
 
 

@@ -65,6 +65,7 @@ def compiled_wins(step: float = -1.0) -> Iterator[None]:
     with ExitStack() as stack:
         patches = (
             (compat, "compile_function", lambda function, examples: function),
+            (compat, "compile_over_sizes", lambda function, examples: function),
             (compat, "compile_traced", lambda graph, examples: graph),
             (_Trial, "best", lambda *_: next(times)),
         )

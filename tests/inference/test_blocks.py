@@ -14,6 +14,7 @@ from fms_parallel.inference import InferenceEngine, generate
 from fms_parallel.inference.compiled import MOST_ROWS
 from fms_parallel.inference.weights import prepare_for_decode
 from fms_parallel.models import get_model
+from fms_parallel.modules.blocks import Blocks
 from fms_parallel.modules.linear_types import quantise
 from tests.inference.models import PROMPTS, compiled_wins, tiny_llama
 
@@ -58,11 +59,29 @@ def test_steps_really_go_through_compiled_blocks() -> None:
     model = tiny_llama()
     calls = []
     with compiled_wins(), prepare_for_decode(model, compiled=True):
-        block = model.layers[0]  # type: ignore[index]
-        made = block.forward.compiled[1]
-        with mock.patch.dict(block.forward.compiled, {1: lambda *given: calls.append(1) or made(*given)}):
+        fast = model.layers.forward  # type: ignore[union-attr]
+        made = fast.compiled[1]
+        with mock.patch.dict(fast.compiled, {1: lambda *given: calls.append(1) or made(*given)}):
             generate(model, PROMPTS[:1], max_new_tokens=4)
     assert len(calls) == 3  # the first token is the prompt's
+
+
+def test_blocks_of_one_shape_share_their_pieces() -> None:
+    model, made = tiny_llama(layers=5), []
+    graphs = mock.patch.object(compat, "compile_traced", lambda graph, examples: made.append(graph.code) or graph)
+    with compiled_wins(), graphs, prepare_for_decode(model, compiled=True):
+        assert len(made) == len(set(made)) == 3  # up to the first attention, between two, after the last
+
+
+def test_single_blocks_of_another_kind_of_model_are_compiled_one_by_one() -> None:
+    model = tiny_llama()
+    want = tokens_of(model)
+    model.layers = nn.ModuleList(model.layers)  # type: ignore[arg-type]
+    through = mock.patch.object(type(model.layers), "forward", Blocks.forward, create=True)
+    with through, compiled_wins(), prepare_for_decode(model, rows=3, compiled=True) as prepared:
+        assert [(choice.count, choice.reason) for choice in prepared.blocks] == [(2, ""), (2, "")]
+        assert all("forward" in vars(block) for block in model.layers)  # type: ignore[union-attr]
+        assert tokens_of(model) == want
 
 
 @needs_compiler

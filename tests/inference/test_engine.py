@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fms_parallel.errors import ConfigError, FmsError, LayoutError
 from fms_parallel.inference import Completion, Event, InferenceEngine, PromptLookup, ScheduleGeneration, generate
+from fms_parallel.inference.handle import Handle
 from fms_parallel.inference.setup import CACHES
 from fms_parallel.tokenizers import get_tokenizer
 from tests.inference.models import PROMPTS, tiny_llama
@@ -431,6 +432,25 @@ def test_impossible_beam_search_is_refused(options: dict[str, Any], sentence: st
         make().beam_search([1], **options)
 
 
+@pytest.mark.parametrize("tokenizer", ["char", object()])
+def test_a_tokenizer_of_another_library_is_refused(tokenizer: Any, make: Make) -> None:
+    with pytest.raises(ConfigError, match=r"tokenizer is a (str|object): give what .*get_tokenizer makes"):
+        make(tokenizer=tokenizer)
+
+
+def test_a_row_does_not_wait_for_ever_for_what_its_own_caller_holds(model: nn.Module, make: Make) -> None:
+    engine = make(cache_tokens=32, block_size=4)
+    engine.prefill([list(range(1, 21))])
+    handles = [engine.submit(prompt, max_new_tokens=2) for prompt in ([1, 2], list(range(20, 1, -1)))]
+    found = [handle.result(timeout=20) for handle in handles]
+    assert list(found[0].tokens) == generate(model, [[1, 2]], max_new_tokens=2)[0]
+    assert "waits for blocks that rows of prefill or ScheduleGeneration hold" in str(found[1].error)
+    handle = engine.submit(list(range(20, 1, -1)), max_new_tokens=2)
+    assert engine.step() and not handle.done  # one who drives by hand may make room
+    engine.clear()
+    assert len(handle.result().tokens) == 2
+
+
 def test_closed_engine_computes_nothing(make: Make) -> None:
     engine = make()
     engine.close()
@@ -549,3 +569,45 @@ def test_fast_weights_of_a_changed_model_are_not_used() -> None:
 def plain_tokens(model: nn.Module) -> list[list[int]]:
     with InferenceEngine(model) as engine:
         return [list(one.tokens) for one in engine.generate(PROMPTS, max_new_tokens=NEW)]
+
+
+# ---- priorities ---------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_wait_begin_in_the_order_of_their_priorities(model: nn.Module) -> None:
+    with InferenceEngine(model, max_batch_size=1) as engine:
+        ended: list[str] = []
+        given = {"first": 0, "late": 7, "second": 0, "early": -3, "late too": 7}
+        handles = [
+            engine.submit(
+                [3, 5],
+                max_new_tokens=2,
+                priority=priority,
+                stream=lambda event, name=name: event.finish and ended.append(name),  # type: ignore[misc]
+            )
+            for name, priority in given.items()
+        ]
+        tokens = {handle.result().tokens for handle in handles}
+    assert ended == ["early", "first", "second", "late", "late too"] and len(tokens) == 1
+
+
+def test_the_least_important_row_gives_its_blocks_back(model: nn.Module) -> None:
+    """It came first, and goes on when the other is done."""
+    with InferenceEngine(model, cache_tokens=32, block_size=4, max_batch_size=2) as engine:
+        alone = [engine.generate([[n]], max_new_tokens=24)[0].tokens for n in (1, 2)]
+        ended: list[int] = []
+
+        def begun(number: int, priority: int) -> Handle:
+            handle = engine.submit(
+                [number],
+                max_new_tokens=24,
+                priority=priority,
+                stream=lambda event: event.finish and ended.append(number),
+            )
+            engine.step()
+            return handle
+
+        handles = [begun(1, 5), begun(2, 4)]
+        assert engine.counts().running == 2
+        assert [handle.result().tokens for handle in handles] == alone
+        assert ended == [2, 1] and engine.counts().preemptions > 0

@@ -41,6 +41,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"stop": ""}, "stop has an empty text"),
     ({"stop": [1, 2]}, "a sequence of tokens is written [[1, 2]]"),
     ({"stop": [[]]}, "stop sequence 0 is empty"),
+    ({"priority": 0.5}, "priority=0.5: must be a whole number"),
     ({"seed": "x"}, "seed='x': must be a whole number"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from fms_parallel.inference.paged import GONE, BlockPool, Table, most_blocks
 
@@ -13,6 +14,14 @@ def begun(pool: BlockPool, tokens: list[int], expected: int = 0) -> tuple[Table,
     return found
 
 
+def kept_of(pool: BlockPool) -> int:
+    return sum(kind.kept for kind in pool.kinds)
+
+
+def places_of(pool: BlockPool, table: Table, start: int, stop: int, kind: int = 0) -> Sequence[int]:
+    return pool.where(table, start, stop)[kind].places
+
+
 def test_rows_with_the_same_beginning_have_the_same_full_blocks() -> None:
     pool = BlockPool(8, 4)
     first, found = begun(pool, [1, 2, 3, 4, 5, 6, 7, 8, 9])
@@ -20,8 +29,8 @@ def test_rows_with_the_same_beginning_have_the_same_full_blocks() -> None:
     pool.computed(first, [1, 2, 3, 4, 5, 6, 7, 8, 9], 9)
     second, found = begun(pool, [1, 2, 3, 4, 5, 6, 7, 8, 10, 11])
     assert found == 8
-    assert second.blocks[:2] == first.blocks[:2]
-    assert second.blocks[2] != first.blocks[2]
+    assert second.held[0].blocks[:2] == first.held[0].blocks[:2]
+    assert second.held[0].blocks[2] != first.held[0].blocks[2]
     assert pool.in_use == 4
 
 
@@ -47,9 +56,9 @@ def test_content_outlives_its_row_until_memory_is_needed_oldest_first() -> None:
         table, _ = begun(pool, tokens)
         pool.computed(table, tokens, 2)
         pool.end(table)
-    assert (pool.in_use, pool.kept, pool.available) == (0, 2, 4)
+    assert (pool.in_use, kept_of(pool), pool.available) == (0, 2, 4)
     full, _ = begun(pool, [7, 7, 7, 7, 7])  # the two free ones, and the older kept one
-    assert pool.kept == 1
+    assert kept_of(pool) == 1
     pool.end(full)
     assert begun(pool, [1, 1, 0])[1] == 0
     assert begun(pool, [2, 2, 0])[1] == 2
@@ -62,7 +71,7 @@ def test_too_few_blocks_change_nothing() -> None:
     assert pool.begin([1, 2, 3, 4, 5, 6, 7]) is None
     assert pool.in_use == 2
     assert not pool.grow(table, 7)
-    assert len(table.blocks) == 2
+    assert len(table.held[0].blocks) == 2
 
 
 def test_row_grows_behind_itself_and_is_one_run() -> None:
@@ -72,9 +81,9 @@ def test_row_grows_behind_itself_and_is_one_run() -> None:
     for length in range(6, 25):
         assert pool.grow(first, length)
         assert pool.grow(second, length)
-    assert len(pool.runs(first, 24)) == 1
-    assert pool.runs(second, 22)[0][1] >= 16
-    assert sum(count for _, count in pool.runs(second, 22)) == 22
+    assert len(pool.where(first, 0, 24)[0].runs) == 1
+    assert pool.where(second, 0, 22)[0].runs[0][1] >= 16
+    assert sum(count for _, count in pool.where(second, 0, 22)[0].runs) == 22
 
 
 def test_fork_shares_full_blocks_and_copies_the_rest() -> None:
@@ -83,10 +92,10 @@ def test_fork_shares_full_blocks_and_copies_the_rest() -> None:
     pool.computed(table, [1, 2, 3, 4, 5, 6], 6)
     forked = pool.fork(table, 6)
     assert forked is not None
-    other, copied, target = forked
-    assert other.blocks[0] == table.blocks[0]
-    assert copied == (table.blocks[1] * 4, 2)
-    assert target == other.blocks[1] * 4 != copied[0]
+    other, copied = forked
+    assert other.held[0].blocks[0] == table.held[0].blocks[0]
+    assert copied == [(0, table.held[0].blocks[1] * 4, other.held[0].blocks[1] * 4, 2)]
+    assert other.held[0].blocks[1] != table.held[0].blocks[1]
     pool.end(table)
     assert pool.in_use == 2
     pool.end(other)
@@ -99,27 +108,41 @@ def test_whole_rows_are_single_blocks_without_sharing() -> None:
     pool.computed(first, [1] * 64, 64)
     second, found = begun(pool, [1] * 60)
     assert found == 0
-    assert pool.runs(second, 60) == [(second.blocks[0] * 64, 60)]
+    assert pool.where(second, 0, 60)[0].runs == [(second.held[0].blocks[0] * 64, 60)]
     assert pool.begin([1]) is None
 
 
 def test_row_gives_back_what_no_later_query_sees() -> None:
-    pool = BlockPool(8, 4, window=6)
+    pool = BlockPool({6: 8}, 4)
     table, _ = begun(pool, list(range(20)))
-    assert len(table.blocks) == 1  # it grows as it goes on
+    assert len(table.held[0].blocks) == 1  # it grows as it goes on
     assert pool.grow(table, 20)
     pool.computed(table, list(range(20)), 13)
     pool.slide(table, 13)  # token 13 sees 8 .. 13
-    assert table.blocks[:3] == [GONE, GONE, 2] and pool.in_use == 3
-    assert pool.runs(table, 20) == [(8, 12)] and pool.places(table, 8, 10) == [8, 9]
-    assert (pool.kept, pool.available) == (2, 5)  # what others may share is kept while there is room
+    assert table.held[0].blocks[:3] == [GONE, GONE, 2] and pool.in_use == 3
+    assert pool.where(table, 8, 20)[0].runs == [(8, 12)] and places_of(pool, table, 8, 10) == [8, 9]
+    assert (kept_of(pool), pool.available) == (2, 5)  # what others may share is kept while there is room
     other, found = begun(pool, list(range(20)))
-    assert found == 12 and other.blocks[:3] == [GONE, 1, 2]
+    assert found == 12 and other.held[0].blocks[:3] == [GONE, 1, 2]
     forked = pool.fork(table, 16)
-    assert forked is not None and forked[0].gone == 2
+    assert forked is not None and forked[0].held[0].gone == 2
     for one in (table, other, forked[0]):
         pool.end(one)
     assert pool.in_use == 0
+
+
+def test_a_windowed_row_is_found_by_its_last_blocks_when_the_first_are_overwritten() -> None:
+    pool, tokens = BlockPool({6: 5}, 4), list(range(24))
+    table, _ = begun(pool, tokens)
+    for done in range(4, 25, 4):
+        assert pool.grow(table, done)
+        pool.computed(table, tokens, done)
+        pool.slide(table, done)
+    pool.end(table)
+    again, found = begun(pool, [*tokens, 99])
+    assert found == 24 and again.held[0].blocks[:4] == [GONE] * 4
+    pool.end(again)
+    assert begun(pool, [*tokens[:4], 99])[1] == 0  # six blocks were written into five
 
 
 def test_most_blocks_are_those_of_the_worst_place() -> None:
@@ -133,7 +156,7 @@ def test_most_blocks_are_those_of_the_worst_place() -> None:
 
 def test_random_rows_behind_a_window_read_what_was_written_and_all_blocks_come_back() -> None:
     draw, window = random.Random(1), 7
-    pool, memory = BlockPool(18, 4, window=window), {}
+    pool, memory = BlockPool({window: 18}, 4), {}
     rows: list[tuple[Table, list[int], int]] = []
     found = 0
     for _ in range(4000):
@@ -145,7 +168,7 @@ def test_random_rows_behind_a_window_read_what_was_written_and_all_blocks_come_b
             stop = min(len(tokens), done + draw.randrange(1, 6))
             if not pool.grow(table, stop):
                 continue
-            for place, position in zip(pool.places(table, done, stop), range(done, stop), strict=True):
+            for place, position in zip(places_of(pool, table, done, stop), range(done, stop), strict=True):
                 memory[place] = tuple(tokens[: position + 1])
             pool.computed(table, tokens, stop)
             pool.slide(table, stop)
@@ -155,10 +178,10 @@ def test_random_rows_behind_a_window_read_what_was_written_and_all_blocks_come_b
             found += new[1]
         for table, tokens, done in rows:
             first = max(0, done - window + 1)
-            assert [memory[p] for p in pool.places(table, first, done)] == [
+            assert [memory[p] for p in places_of(pool, table, first, done)] == [
                 tuple(tokens[: n + 1]) for n in range(first, done)
             ]
-            assert len(table.blocks) - table.gone <= most_blocks(10**6, 4, window, 6)
+            assert len(table.held[0].blocks) - table.held[0].gone <= most_blocks(10**6, 4, window, 6)
     for table, _, _ in rows:
         pool.end(table)
     assert pool.in_use == 0 and found > 0
@@ -178,7 +201,9 @@ def test_random_rows_never_share_what_differs_and_all_blocks_come_back() -> None
             table, tokens, done = rows[at]
             if not pool.grow(table, len(tokens)):
                 continue
-            for place, position in zip(pool.places(table, done, len(tokens)), range(done, len(tokens)), strict=True):
+            for place, position in zip(
+                places_of(pool, table, done, len(tokens)), range(done, len(tokens)), strict=True
+            ):
                 memory[place] = tuple(tokens[: position + 1])
             pool.computed(table, tokens, len(tokens))
             rows[at] = table, [*tokens, draw.randrange(2)], len(tokens)
@@ -187,7 +212,7 @@ def test_random_rows_never_share_what_differs_and_all_blocks_come_back() -> None
             if (found := pool.begin(tokens, 30)) is not None:
                 rows.append((found[0], tokens, found[1]))
         for table, tokens, done in rows:
-            held = [memory[place] for place in pool.places(table, 0, done)]
+            held = [memory[place] for place in places_of(pool, table, 0, done)]
             assert held == [tuple(tokens[: n + 1]) for n in range(done)]
     for table, _, _ in rows:
         pool.end(table)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fms_parallel.inference.kv_manager import CacheSize, KVCacheManager
+from fms_parallel.inference.paged import Where
 from fms_parallel.inference.ragged import MOST_RUNS, Piece, RaggedBatch
 from fms_parallel.models import get_model
 
@@ -62,7 +63,7 @@ class Scattered:
                 runs[-1] = (runs[-1][0], runs[-1][1] + 1)
             else:
                 runs.append((one, 1))
-        return Piece(self.tokens[start:stop], start, wanted, place[start:], runs)
+        return Piece(self.tokens[start:stop], start, wanted, [Where(place[start:], runs)])
 
 
 @pytest.mark.usefixtures("poison")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import time
@@ -14,7 +15,7 @@ from fms_parallel.errors import ConfigError
 from fms_parallel.inference.server import Server, ServerOptions
 from fms_parallel.inference.server.failure import Failure
 from fms_parallel.inference.server.fields import CHAT, COMPLETION, LABELS, NEUTRAL, chat, completion
-from tests.inference.served import get, idle, make_engine, metrics, post, serving
+from tests.inference.served import NAME, get, idle, make_engine, metrics, post, serving
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 HI = {"role": "user", "content": "hi"}
@@ -84,7 +85,17 @@ BAD: list[tuple[str, Any, str | None, str]] = [
     (COMPLETIONS, {"prompt": "a", "stop_token_ids": 3}, "stop_token_ids", "must be a list of token numbers"),
     (COMPLETIONS, {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "must be an object of token numbers"),
     (COMPLETIONS, {"prompt": "a", "logit_bias": {"0": 101}}, "logit_bias", "logit_bias[0]=101: must be in -100..100"),
-    (COMPLETIONS, {"prompt": "a", "logit_bias": {"99": 1}}, None, "logit_bias has token 99"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"99": 1}}, "logit_bias", "logit_bias has token 99"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"\u0663": 1}}, "logit_bias", "must be an object of token numbers"),
+    (COMPLETIONS, {"prompt": "a", "priority": 2**40}, "priority", "must be a whole number in -2,147,483,648.."),
+    (CHATS, {"messages": [HI | {"name": 3}]}, "messages[0].name", "messages[0].name=3: must be a text"),
+    ("/tokenize", {}, "prompt", "give one of prompt (a text) and messages"),
+    ("/tokenize", {"prompt": "a", "messages": [HI]}, "prompt", "give one of prompt (a text) and messages"),
+    ("/tokenize", {"prompt": [1]}, "prompt", "prompt=[1]: must be a text"),
+    ("/tokenize", {"prompt": "a", "max_tokens": 3}, "max_tokens", "unknown field 'max_tokens'"),
+    ("/detokenize", {}, "tokens", "tokens is missing: a list of token numbers"),
+    ("/detokenize", {"tokens": [1, 37]}, "tokens", "tokens has token 37, but this model's tokens are 0..36"),
+    ("/detokenize", b"[", None, "the body is not JSON"),
     (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix", 'suffix="b" is not supported by this server'),
     (COMPLETIONS, {"prompt": "a", "model": 3}, "model", "model=3: must be a text"),
     (CHATS, {}, "messages", "messages is missing"),
@@ -198,13 +209,43 @@ def test_a_body_that_is_too_large_or_too_slow(server: Server) -> None:
     assert idle(server)
 
 
-def test_a_key_is_asked_for_under_v1_only() -> None:
+def test_texts_become_the_tokens_that_requests_have_and_texts_again(server: Server) -> None:
+    status, found = post(server, "/tokenize", {"prompt": "b 4", "model": NAME})
+    assert (status, found) == (200, {"count": 2, "max_model_len": 64, "tokens": [2, 31]})
+    assert post(server, "/detokenize", {"tokens": [2, 31]}) == (200, {"prompt": "b4"})
+    chat_tokens = post(server, "/tokenize", {"messages": [HI]})[1]["count"]
+    answer = post(server, CHATS, {"messages": [HI], "max_tokens": 1})[1]
+    assert answer["usage"]["prompt_tokens"] == chat_tokens
+    assert post(server, "/tokenize", {"prompt": "a", "model": "other"})[0] == 404
+
+
+def test_scripts_of_pages_may_ask_where_that_is_said() -> None:
+    def asked(server: Server, method: str, origin: str) -> tuple[int, str | None]:
+        line = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=30)
+        wants = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+        line.request(method, COMPLETIONS, headers={"origin": origin, **(wants if method == "OPTIONS" else {})})
+        said = line.getresponse()
+        said.read()
+        line.close()
+        return said.status, said.headers["access-control-allow-origin"]
+
+    own = "http://localhost:3000"
+    with serving(make_engine(max_seq_len=64), api_key="k", allowed_origins=f"https://a.example/, {own}") as server:
+        assert asked(server, "OPTIONS", own) == (200, own)  # without the key
+        assert asked(server, "POST", own) == (401, own)  # the script may read why
+        assert asked(server, "OPTIONS", "http://evil.example")[1] is None
+    with serving(make_engine(max_seq_len=64)) as server:
+        assert asked(server, "OPTIONS", own) == (405, None)
+
+
+def test_a_key_is_asked_for_but_of_health_and_metrics() -> None:
     with serving(make_engine(max_seq_len=64), api_key="sesame") as server:
         for sent in ({}, {"authorization": "Bearer other"}, {"authorization": "sesame"}):
             status, said = post(server, COMPLETIONS, {"prompt": "a"}, **sent)
             assert (status, said["error"]["type"]) == (401, "authentication_error")
             assert "Authorization: Bearer KEY" in said["error"]["message"]
         assert post(server, COMPLETIONS, {"prompt": "a"}, authorization="Bearer sesame")[0] == 200
+        assert post(server, "/tokenize", {"prompt": "a"})[0] == get(server, "/nothing")[0] == 401
         assert get(server, "/v1/models")[0] == 401 and get(server, "/health")[0] == get(server, "/metrics")[0] == 200
 
 

@@ -143,6 +143,18 @@ def test_a_draft_model_changes_no_token(model: nn.Module) -> None:
         assert engine.memory_report().used == 0 and engine.counts().accepted > 0
 
 
+def test_a_row_that_never_gets_enough_ends_with_an_error(model: nn.Module) -> None:
+    """Should blocks not come back, a request fails; it is not begun again for ever."""
+    with engine_of(model, cache_tokens=16, max_batch_size=2, max_step_tokens=4) as engine:
+        assert engine.pool is not None
+        engine.pool.slide = lambda table, start: None  # type: ignore[method-assign]
+        short = engine.submit([1, 2], max_new_tokens=9)
+        found = engine.generate([LONG], max_new_tokens=NEW, errors="return")[0]
+        assert found.finish == "error" and "had the whole cache and could not go on" in str(found.error)
+        assert list(short.result().tokens) == generate(model, [[1, 2]], max_new_tokens=9)[0]
+        assert engine.memory_report().used == 0
+
+
 # ---- by hand ------------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +194,7 @@ def test_a_config_whose_window_is_less_than_the_layers_is_an_error(model: nn.Mod
     wrong = mistral()
     with engine_of(wrong, cache_tokens=64) as engine:
         assert engine.pool is not None
-        engine.pool.window = 3
+        engine.pool.kinds[0].window = 3
         found = engine.generate([LONG], max_new_tokens=20, errors="return")[0]
         assert isinstance(found.error, FmsError) and "whose blocks were given back" in str(found.error)
 
@@ -195,10 +207,10 @@ SIZES: dict[str, Any] = {
 }
 
 
-def theirs(name: str, **more: Any) -> Any:
+def theirs(name: str, config: str | None = None, **more: Any) -> Any:
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SIZES, **more)
-    return getattr(transformers, f"{name}ForCausalLM")(config).double().eval()
+    made = getattr(transformers, config or f"{name}Config")(**SIZES, **more)
+    return getattr(transformers, f"{name}ForCausalLM")(made).double().eval()
 
 
 def their_tokens(model: Any, prompt: list[int]) -> list[int]:

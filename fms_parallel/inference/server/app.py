@@ -1,6 +1,7 @@
 """The paths of the server, as an ASGI application (starlette): who may ask, what is asked, and who answers.
 
-    POST /v1/completions, /v1/chat/completions    GET /v1/models, /v1/models/NAME, /health, /metrics
+    POST /v1/completions, /v1/chat/completions, /tokenize, /detokenize
+    GET  /v1/models, /v1/models/NAME, /health, /metrics
 
 It knows HTTP and the rooms beside it; it knows the engine by its sizes only, and runs no model.
 """
@@ -9,15 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -45,6 +48,8 @@ DIALECTS: Dialects = {
 """Path -> how its bodies are read, how it answers, and the field that its prompts come from."""
 NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 """Options of the engine -> the fields that they come from, where those have another name."""
+OPEN = ("/health", "/metrics")
+"""Paths that ask for no key."""
 READERS = 2
 """Threads that read bodies: texts become tokens there, so that a long one delays nobody's stream."""
 
@@ -77,14 +82,17 @@ class Application:
         self._readers = ThreadPoolExecutor(READERS, "requests")
         routes = [Route(path, self._generate, methods=["POST"]) for path in DIALECTS]
         routes += [
+            Route("/tokenize", self._tokenize, methods=["POST"]),
+            Route("/detokenize", self._detokenize, methods=["POST"]),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
             Route("/health", self._health),
             Route("/metrics", self._page),
         ]
-        self._paths = (*DIALECTS, "/v1/models", "/health", "/metrics")
+        self._paths = (*DIALECTS, "/v1/models", "/tokenize", "/detokenize", *OPEN)
         handlers: dict[Any, Any] = {Failure: _tell, HTTPException: self._tell_http, Exception: _tell_bug}
-        self.asgi: ASGIApp = self._gate(Starlette(routes=routes, lifespan=self._life, exception_handlers=handlers))
+        app = self._gate(Starlette(routes=routes, lifespan=self._life, exception_handlers=handlers))
+        self.asgi: ASGIApp = self._for_pages(app)
 
     @asynccontextmanager
     async def _life(self, _: Starlette) -> AsyncIterator[None]:
@@ -120,13 +128,20 @@ class Application:
         return gate
 
     def _refused(self, scope: Scope) -> Response | None:
-        if self.options.api_key is None or not scope["path"].startswith("/v1"):
+        if self.options.api_key is None or scope["path"] in OPEN:
             return None
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         if hmac.compare_digest(given, b"Bearer " + self.options.api_key.encode()):
             return None
         said = "wrong or missing API key: send the header 'Authorization: Bearer KEY'."
         return answer(Failure(401, said, code="invalid_api_key", headers={"www-authenticate": "Bearer"}))
+
+    def _for_pages(self, app: ASGIApp) -> ASGIApp:
+        """Lets browsers' scripts from some places ask; outermost, for browsers ask whether they may without the key."""
+        if self.options.allowed_origins is None:
+            return app
+        origins = [one.strip().rstrip("/") for one in self.options.allowed_origins.split(",")]
+        return CORSMiddleware(app, origins, allow_methods=["GET", "POST"], allow_headers=["*"])
 
     async def _tell_http(self, request: Request, error: HTTPException) -> Response:
         path = request.url.path
@@ -164,6 +179,34 @@ class Application:
         if name is not None and name != self.name:
             said = f"no model {fields.shown(name)}: this server has {self.name!r}."
             raise Failure(404, said, "model", "model_not_found")
+
+    # ---- tokens ------------------------------------------------------------------------------------------------
+
+    async def _tokenize(self, request: Request) -> Response:
+        body = await self._body(request)
+        return JSON(await asyncio.get_running_loop().run_in_executor(self._readers, self._read_tokens, body))
+
+    def _read_tokens(self, body: bytes) -> dict[str, Any]:
+        wanted = fields.tokenize(fields.parse(body))
+        self._check_model(wanted.model)
+        tokens = self._tokens(wanted, "messages" if wanted.messages else "prompt")[0]
+        return {"count": len(tokens), "max_model_len": self.engine.setup.longest, "tokens": tokens}
+
+    async def _detokenize(self, request: Request) -> Response:
+        body = await self._body(request)
+        return JSON(await asyncio.get_running_loop().run_in_executor(self._readers, self._read_text, body))
+
+    def _read_text(self, body: bytes) -> dict[str, Any]:
+        name, tokens = fields.detokenize(fields.parse(body))
+        self._check_model(name)
+        self._check_tokens("tokens", tokens)
+        return {"prompt": self.tokenizer.decode(tokens)}
+
+    def _check_tokens(self, name: str, tokens: Sequence[int]) -> None:
+        try:
+            check_tokens(name, tokens, self.engine.vocab)
+        except FmsError as error:
+            raise bad(name, str(error)) from None
 
     # ---- generating --------------------------------------------------------------------------------------------
 
@@ -232,10 +275,7 @@ class Application:
         words = dict(wanted.options)
         words.setdefault("seed", secrets.randbits(63))
         words.pop("ignore_eos", None)
-        try:
-            check_tokens("stop_token_ids", wanted.ends, self.engine.vocab)
-        except FmsError as error:
-            raise bad("stop_token_ids", str(error)) from None
+        self._check_tokens("stop_token_ids", wanted.ends)
         words["eos_id"] = sorted(self._ends(wanted)) or None
         # Which rows are the likeliest is found from their log-probabilities.
         words["logprobs"] = 0 if wanted.logprobs is None and wanted.rows > wanted.n else wanted.logprobs
@@ -276,7 +316,7 @@ class Application:
             self.driver.submit(ticket, rows, words)
         except FmsError as error:
             # The engine's sentences begin with the option that they are about.
-            option = str(error).partition("=")[0]
+            option = re.split(r"\W", str(error), maxsplit=1)[0]
             option = NAMES.get(option, option)
             raise Failure(400, str(error), option if option in fields.SHARED else None) from None
 

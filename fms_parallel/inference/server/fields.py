@@ -116,7 +116,7 @@ def stops(name: str, value: Any) -> tuple[str, ...]:
 
 def biases(name: str, value: Any) -> dict[int, float]:
     """Token number -> what is added to its logit, -100 to 100."""
-    if not isinstance(value, dict) or not all(token.isdecimal() for token in value):
+    if not isinstance(value, dict) or not all(token.isascii() and token.isdecimal() for token in value):
         raise bad(name, f"{name}={shown(value)}: must be an object of token numbers and what is added to their logits.")
     found = {int(token): number(f"{name}[{token}]", added) for token, added in value.items()}
     for token, added in found.items():
@@ -193,6 +193,8 @@ def _message(name: str, value: Any) -> dict[str, str]:
     content = given.get("content", [] if value.get("content") == [] else None)
     if isinstance(content, list):
         content = "".join(_part(f"{name}.content[{place}]", one) for place, one in enumerate(content))
+    if "name" in given:
+        text(f"{name}.name", given["name"])
     return {**given, "role": ROLES[role], "content": text(f"{name}.content", content)}
 
 
@@ -223,6 +225,7 @@ ENGINE: dict[str, Reader] = {
     "seed": whole(-(2**63), 2**63 - 1),
     "stop": stops,
     "ignore_eos": flag,
+    "priority": whole(-(2**31), 2**31 - 1),
 }
 """Fields that are the engine's options, under the same name."""
 SHARED: dict[str, Reader] = ENGINE | {
@@ -248,6 +251,13 @@ CHAT: dict[str, Reader] = SHARED | {
     "top_logprobs": whole(0, MOST_TOP_LOGPROBS),
     "chat_template_kwargs": mapping,
 }
+TOKENIZE: dict[str, Reader] = {
+    "model": text,
+    "prompt": text,
+    "messages": messages,
+    "chat_template_kwargs": mapping,
+}
+DETOKENIZE: dict[str, Reader] = {"model": text, "tokens": ends}
 
 LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 """Notes of a client for itself: they ask for nothing."""
@@ -356,3 +366,21 @@ def chat(body: Mapping[str, Any]) -> Wanted:
     return Wanted(
         messages=found["messages"], template=found.get("chat_template_kwargs", {}), logprobs=logprobs, **common
     )
+
+
+def tokenize(body: Mapping[str, Any]) -> Wanted:
+    """A body of `/tokenize`: what `/v1/completions` or `/v1/chat/completions` would read."""
+    found = _read(body, TOKENIZE)
+    if ("prompt" in found) == ("messages" in found):
+        raise bad("prompt", "give one of prompt (a text) and messages.")
+    prompts = (found["prompt"],) if "prompt" in found else ()
+    template = found.get("chat_template_kwargs", {})
+    return Wanted(found.get("model"), prompts, found.get("messages", ()), template)
+
+
+def detokenize(body: Mapping[str, Any]) -> tuple[str | None, tuple[int, ...]]:
+    """A body of `/detokenize`: the model's name, and tokens."""
+    found = _read(body, DETOKENIZE)
+    if "tokens" not in found:
+        raise bad("tokens", "tokens is missing: a list of token numbers.")
+    return found.get("model"), found["tokens"]

@@ -36,6 +36,9 @@ class ServerOptions:
     stall_timeout: float = _option(120.0, "seconds of one step of the engine after which /health says 503")
     linger_timeout: float = _option(10.0, "seconds that a server whose engine has died stays to say so, then it ends")
     api_key: str | None = _option(None, "clients of /v1 must send it as a bearer token", str)
+    allowed_origins: str | None = _option(
+        None, "web pages whose scripts may ask, as https://a.example,http://localhost:3000; * is every one", str
+    )
     chat_template: str | None = _option(None, "Jinja file for chats (default: the tokenizer's, or a plain one)", str)
 
     def __post_init__(self) -> None:
