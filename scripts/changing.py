@@ -59,12 +59,13 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--elastic and --relayout: with members that change, layouts follow their number; drop one.")
     if args.dynamic and args.relayout:
         raise ConfigError("--dynamic and --relayout both say when the layout changes: drop one.")
-    if args.policy and not args.dynamic:
-        raise ConfigError("--policy belongs to --dynamic: add it, or drop --policy.")
     if args.elastic and args.sample_steps:
         raise ConfigError("--elastic writes no samples: drop --sample_steps.")
-    if not args.elastic and (args.buddy_every is not None or args.replacements):
-        raise ConfigError("--buddy_every and --replacements belong to --elastic: add it, or drop them.")
+    for name, least in (("buddy_every", 1), ("replacements", 0)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ConfigError(f"--{name} {value}: must be >= {least}.")
+    if not 0 < args.silence < float("inf"):
+        raise ConfigError(f"--silence {args.silence}: a frozen rank is given up after more than 0 seconds, say 10.")
     args.phases = _phases(args)
 
 
@@ -99,6 +100,10 @@ def read_schedule(args: argparse.Namespace, config: Any, layout: ParallelLayout)
     """--relayout, every layout checked against ranks and model."""
     layouts = parse_schedule(args.relayout or "")
     for step, text in layouts.items():
+        if args.steps is not None and step >= args.steps:
+            raise ConfigError(
+                f"--relayout {step}:{text} comes after the last of {args.steps} steps: choose an earlier one."
+            )
         try:
             common.check_request(args, config, ParallelLayout.parse(text).resolve(layout.world_size))
         except LayoutError as error:

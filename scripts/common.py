@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +74,13 @@ def add_training_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
 def read_options(args: argparse.Namespace) -> TrainOptions:
     """The training flags."""
     return TrainOptions.of(**{field.name: getattr(args, field.name) for field in option_fields()})
+
+
+def refuse_idle(parser: argparse.ArgumentParser, args: argparse.Namespace, needs: Mapping[str, str]) -> None:
+    """Refuse a flag that was given but does nothing. `needs`: flag -> the one without which it is idle."""
+    for name, other in needs.items():
+        if getattr(args, name) != parser.get_default(name) and not getattr(args, other):
+            raise ConfigError(f"--{name} belongs to --{other}: add it, or drop --{name}.")
 
 
 def read_layout(args: argparse.Namespace) -> ParallelLayout | None:

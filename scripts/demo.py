@@ -25,7 +25,7 @@ RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc
 TRAIN = """
     --architecture llama --variant micro --distributed tp=2,sp
     --tokenizer sentencepiece:1024 --dataset_style stdlib --dataset_option max_bytes=3000000
-    --seq_len 128 --batch_size 16 --lr 2e-3 --warmup_steps 20
+    --seq_len 128 --batch_size 16 --lr 2e-3
     --report_steps 20 --validate_steps 100 --sample_steps 100 --checkpoint_steps 100
 """
 PROMPTS = ("def __init__(self", "import ", "    for ")
@@ -41,7 +41,8 @@ def main() -> int:
     folder = Path(args.output_path)
     if folder.exists():
         folder = next(new for n in range(2, 1000) if not (new := folder.with_name(f"{folder.name}-{n}")).exists())
-    words = [*TRAIN.split(), "--steps", str(args.steps), "--output_path", str(folder)]
+    words = [*TRAIN.split(), "--steps", str(args.steps), "--warmup_steps", str(min(20, args.steps))]
+    words += ["--output_path", str(folder)]
     show("train over two ranks, tensor + sequence parallel", [*RANKS, str(SCRIPTS / "train_causal.py"), *words])
     ask = ["--run_folder", str(folder), "--max_new_tokens", "48", "--temperature", "0.7", "--seed", "1", "--json"]
     ask += [word for prompt in PROMPTS for word in ("--prompt", prompt)]

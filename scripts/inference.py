@@ -53,7 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     text.add_argument("--top_k", type=int, help="sample from the k likeliest tokens only")
     text.add_argument("--top_p", type=float, help="sample from the smallest set with this probability")
-    text.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    text.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the sampling: any whole number, the same one gives the same tokens, -1 too (default: %(default)s)",
+    )
     text.add_argument("--no_use_cache", dest="use_cache", action="store_false", help="compute every position each time")
     text.add_argument("--json", action="store_true", help="one JSON object per prompt: prompt, text")
     return parser

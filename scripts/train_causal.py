@@ -19,12 +19,25 @@ if __package__ in (None, ""):  # started as a file: then scripts/ is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fms_parallel.cli import assignments, run
+from fms_parallel.errors import ConfigError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.training.options import TrainOptions
 from scripts import automatic, changing, common
 
 if TYPE_CHECKING:
     from fms_parallel.tokenizers import Tokenizer
+
+
+IDLE_WITHOUT = {
+    "validation_fraction": "validate_steps",
+    "sample_prompt": "sample_steps",
+    "sample_tokens": "sample_steps",
+    "silence": "elastic",
+    "buddy_every": "elastic",
+    "replacements": "elastic",
+    "policy": "dynamic",
+}
+"""Flag -> the one without which it does nothing."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,8 +54,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Check the command, then train."""
-    args = build_parser().parse_args()
+    parser = build_parser()
+    args = parser.parse_args()
     options, layout = common.read_options(args), common.read_layout(args)
+    common.refuse_idle(parser, args, IDLE_WITHOUT)
+    if args.sample_tokens < 1:
+        raise ConfigError(f"--sample_tokens {args.sample_tokens}: a sample has at least one token.")
     changing.check(args)
     return train_with(args, options, layout, assignments(args.override, "--override"))
 
@@ -94,7 +111,7 @@ def train_with(
             validation=validation,
             options=options,
             on_step=changing.hearers(switches, progress),
-            sample=sampler(tokenizer, args) if options.sample_steps else None,
+            sample=sampler(tokenizer, args, config.max_positions) if options.sample_steps else None,
             between_steps=switches,
             phases=args.phases,
         )
@@ -116,9 +133,20 @@ def fit_vocabulary(args: argparse.Namespace, overrides: dict[str, Any], tokenize
     return overrides
 
 
-def sampler(tokenizer: Tokenizer, args: argparse.Namespace) -> Any:
-    """Text that the model makes now, greedily."""
+def sampler(tokenizer: Tokenizer, args: argparse.Namespace, positions: int) -> Any:
+    """Text that the model makes now, greedily.
+
+    Raises:
+        ConfigError: now, not at the first sample, when prompt and sample do not fit into so many positions.
+    """
     from fms_parallel.inference import generate_text
+
+    prompt = len(tokenizer.encode(args.sample_prompt, bos=tokenizer.bos_id is not None))
+    if prompt + args.sample_tokens > positions:
+        raise ConfigError(
+            f"--sample_tokens {args.sample_tokens} after a prompt of {prompt} tokens is beyond the model's "
+            f"max_positions={positions}: ask for at most {positions - prompt}."
+        )
 
     def sample(model: Any) -> str:
         text = generate_text(model, tokenizer, args.sample_prompt, max_new_tokens=args.sample_tokens)

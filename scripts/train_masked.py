@@ -65,8 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Check the command, then train."""
-    args = build_parser().parse_args()
+    parser = build_parser()
+    args = parser.parse_args()
     options, layout = common.read_options(args), common.read_layout(args)
+    common.refuse_idle(parser, args, {"validation_fraction": "validate_steps"})
+    if args.validation_path is not None and args.validation_fraction != parser.get_default("validation_fraction"):
+        raise ConfigError("--validation_path and --validation_fraction both say what is held out: give one of them.")
     if options.sample_steps is not None:
         raise ConfigError("--sample_steps: an encoder writes no text; leave it out.")
     if args.task == "classification" and args.dataset_path is None:

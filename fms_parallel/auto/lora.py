@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,9 @@ from fms_parallel.checkpoint.low_rank import peft_config, peft_key
 from fms_parallel.distributed.boxes import local_box, local_tensor
 from fms_parallel.errors import ConfigError
 from fms_parallel.modules.linear import Multiplies
-from fms_parallel.modules.low_rank import A, B, LowRank, give_factors, is_adapter, matrix_of
+from fms_parallel.modules.low_rank import A, B, Factor, LowRank, give_factors, is_adapter, matrix_of
 from fms_parallel.modules.tp import TPModule, twin_of
+from fms_parallel.strategy.base import Parallel
 
 if TYPE_CHECKING:
     from fms_parallel.auto.engine import Engine
@@ -157,11 +159,13 @@ def draw_adapter(name: str, shape: Sequence[int], dtype: torch.dtype, seed: int)
 
 @torch.no_grad()
 def merge_lora(model: nn.Module | Engine) -> None:
-    """Add each `scale * B A` to its matrix and set B to zero, in place: outputs stay as they are.
+    """Add each `scale * B A` to its matrix, in place: outputs stay as they are, and the adapters are gone.
 
-    Works on a module, on one that `get_model` spread, and on an engine, in any layout (collective then).
+    Works on a module, on one that `get_model` spread, and on an engine, in any layout (collective then). An engine
+    keeps its adapters with B at zero, where they began: it can go on training. What is frozen stays frozen.
     """
-    stages = [stage.model for stage in model.stages] if hasattr(model, "stages") else [model]  # type: ignore[union-attr]
+    keeps = hasattr(model, "stages")
+    stages = [stage.model for stage in model.stages] if keeps else [model]  # type: ignore[union-attr]
     for module in stages:
         assert isinstance(module, nn.Module)
         for layer, a, b, scale in list(_adapted(module)):
@@ -171,6 +175,29 @@ def merge_lora(model: nn.Module | Engine) -> None:
             delta = delta.T if _is_transposed(layer) else delta.view(*second.shape[:-1], delta.shape[-1])
             local_tensor(weight).add_(delta[local_box(weight).slices])
             local_tensor(b).zero_()
+        if not keeps:
+            _drop(module)
+
+
+def _drop(model: nn.Module) -> None:
+    """Forget the adapters: hooks, modules, and their names."""
+    beside: set[int] = set()
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, Add):
+                del module._forward_hooks[key]
+                beside |= {id(hook.a), id(hook.b)}
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if isinstance(child, Factor) or id(child) in beside:
+                del module._modules[name]
+        if isinstance(module, Multiplies):
+            vars(module).pop("adapted", None)
+    vars(model).pop("lora", None)
+    if isinstance(parallel := getattr(model, "parallel", None), Parallel):
+        names = tuple(name for name in parallel.names if not is_adapter(name))
+        elsewhere = frozenset(name for name in parallel.elsewhere if not is_adapter(name))
+        model.parallel = replace(parallel, names=names, elsewhere=elsewhere)  # type: ignore[assignment]
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor, Tensor, float]]:

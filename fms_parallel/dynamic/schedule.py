@@ -7,7 +7,7 @@ from typing import Any
 
 from fms_parallel.dynamic.relayout import ModelFactory, Relayout, agreed, resolved
 from fms_parallel.dynamic.state import TrainingState
-from fms_parallel.errors import LayoutError
+from fms_parallel.errors import ConfigError, LayoutError
 from fms_parallel.layout import ParallelLayout
 from fms_parallel.log import get_logger
 from fms_parallel.training.loop import Trainer
@@ -65,8 +65,17 @@ class LayoutSchedule:
         self._done: int | None = None
 
     def __call__(self, trainer: Trainer) -> None:
-        """Before each step. A run that was resumed begins in the layout that its step has."""
+        """Before each step. A run that was resumed begins in the layout that its step has.
+
+        Raises:
+            ConfigError: at the first, for a layout whose step the run never does.
+        """
         if self._switch is None or self._switch.trainer is not trainer:
+            if late := [step for step in self.layouts if step >= trainer.steps]:
+                raise ConfigError(
+                    f"step {late[0]} for layout {str(self.layouts[late[0]])!r} comes after the last of {trainer.steps} "
+                    "steps: choose an earlier one."
+                )
             self._switch = TrainerSwitch(trainer, self.model_factory, **self.options)
         due = max((step for step in self.layouts if step <= trainer.step), default=None)
         if due is None or due == self._done:

@@ -37,6 +37,8 @@ class Parallel:
     """Of the whole model's parameters and persistent buffers, in its order, whatever this rank holds of them."""
     context: Any = None
     """The `ContextStrategy` that cuts rows into parts, or None."""
+    same_rows: Any = None
+    """The `SameRows` that looks at the first batch, or None."""
 
     @property
     def ranks_per_stage(self) -> int:

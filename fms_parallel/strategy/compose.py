@@ -32,6 +32,7 @@ from fms_parallel.strategy.fsdp import FullyShardStrategy, ReplicateStrategy
 from fms_parallel.strategy.materialise import initialise, materialise
 from fms_parallel.strategy.pipeline import Pipeline, PipelineStrategy, refuse_forward
 from fms_parallel.strategy.recompute import RecomputeStrategy, refuse_budget_without_compile
+from fms_parallel.strategy.rows import SameRows, guard_forward
 from fms_parallel.strategy.stages import refuse_unless_stageable
 from fms_parallel.strategy.tensor import TensorParallelStrategy, refuse_parts
 
@@ -98,7 +99,10 @@ def compose(
         runner = Pipeline(model, stages, pipeline, device, activations)
         refuse_forward(model)
     elsewhere = frozenset(names) - frozenset(model.state_dict())
-    model.parallel = Parallel(layout, mesh, runner, elsewhere, names, context)  # type: ignore[assignment]
+    same_rows = None if mesh is None else SameRows(mesh)
+    if same_rows is not None and runner is None:
+        guard_forward(model, same_rows)
+    model.parallel = Parallel(layout, mesh, runner, elsewhere, names, context, same_rows)  # type: ignore[assignment]
     if fresh:
         (fill or _initialise(seed))(model)
     return model

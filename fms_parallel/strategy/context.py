@@ -73,9 +73,15 @@ class ContextBatch:
 
 
 def share_of(model: nn.Module, batch: Any) -> Any:
-    """What this rank reads of a batch: all of it, or with cp a part of every row."""
-    strategy = parallel_of(model).context
-    return batch if strategy is None else strategy.share(batch)
+    """What this rank reads of a batch: all of it, or with cp a part of every row.
+
+    Raises:
+        TrainingError: with the first batch, when ranks that share rows were given different ones; see `SameRows`.
+    """
+    parallel = parallel_of(model)
+    if parallel.same_rows is not None:
+        parallel.same_rows.check((batch.input_ids, batch.labels))
+    return batch if parallel.context is None else parallel.context.share(batch)
 
 
 def context_of(batch: Any) -> Context | None:

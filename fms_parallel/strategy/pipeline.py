@@ -222,8 +222,8 @@ def refuse_forward(model: nn.Module) -> None:
 
     def forward(*_: Any, **__: Any) -> Any:
         raise LayoutError(
-            "this model is cut into pipeline stages and cannot be called by itself: train_step, train and evaluate run "
-            "it, and generate and InferenceEngine."
+            "this model is cut into pipeline stages and cannot be called by itself: compute_gradients, train_step, "
+            "train and evaluate run it, and generate and InferenceEngine."
         )
 
     model.forward = forward  # type: ignore[method-assign]

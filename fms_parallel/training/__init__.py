@@ -10,9 +10,11 @@ from typing import Any
 
 from fms_parallel.training.options import TrainOptions
 
-__all__ = ["TrainOptions", "Trainer", "evaluate", "train", "train_step"]
+_HOMES = {"train": "loop", "Trainer": "loop", "evaluate": "validation"}
+_HOMES |= {"complete_gradients": "gradients", "make_optimizer": "optimizer"}
+_HOMES |= dict.fromkeys(("compute_gradients", "count_tokens", "dropout_keys", "mean_loss", "train_step"), "step")
 
-_HOMES = {"train": "loop", "Trainer": "loop", "evaluate": "validation", "train_step": "step"}
+__all__ = ["TrainOptions", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

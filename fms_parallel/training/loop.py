@@ -95,7 +95,7 @@ def train(
         between_steps: called before every step, on every rank; may `adopt` the run's model in another layout.
         phases: steps from which on rows are longer or batches larger; `data` has rows of the longest.
     Raises:
-        ConfigError: options that contradict each other or the data; several ranks without a process group.
+        ConfigError: options that contradict each other, the length of the run or the data; no process group for ranks.
         TrainingError: see `train_step`.
     """
     require_group()
@@ -141,6 +141,7 @@ class Trainer:
         self._check()
 
     def _check(self) -> None:
+        self.options.check_schedule(self.steps)
         if self.options.validate_steps and self.validation is None:
             raise ConfigError(f"validate_steps={self.options.validate_steps} without validation data.")
         if self.options.sample_steps and self.sample is None:

@@ -32,9 +32,11 @@ def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optim
     tensor and costs four times as much. With `offload=optimizer_state` or `optimizer_step` its state lives on the host.
 
     Raises:
-        ConfigError: a bucket size for an offload that is not there.
+        ConfigError: nothing to train, or a bucket size for an offload that is not there.
     """
     groups = decay_groups(model, options.weight_decay)
+    if not groups:
+        raise ConfigError("nothing to train: every parameter is frozen. Set requires_grad on some, or add adapters.")
     numbers: dict[str, Any] = {"lr": options.lr, "betas": (options.beta1, options.beta2), "eps": 1e-8}
     mode = parallel_of(model).layout.offload
     if mode in offload.MODES:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
+from math import isfinite
+from numbers import Integral, Real
+from os import PathLike
 from typing import Any
 
 from fms_parallel.errors import ConfigError, unknown
@@ -63,6 +66,7 @@ class TrainOptions:
     resume: str = _option("never", "auto: go on from the newest whole checkpoint in --output_path", choices=RESUME)
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -78,12 +82,45 @@ class TrainOptions:
             raise ConfigError(f"beta1={self.beta1}, beta2={self.beta2}: must lie in [0, 1).")
         self._check_pairs()
 
+    def _check_kinds(self) -> None:
+        """Numbers are numbers of their field's kind, and finite."""
+        for each in fields(self):
+            value, kind = getattr(self, each.name), each.metadata.get("type") or type(each.default)
+            if value is None and "type" in each.metadata:
+                continue
+            if not isinstance(value, _TAKEN[kind]) or isinstance(value, bool) is not (kind is bool):
+                raise ConfigError(f"{each.name}={value!r}: must be {_KINDS[kind]}.")
+            if kind is float and not isfinite(value):
+                raise ConfigError(f"{each.name}={value}: must be a finite number.")
+
+    def check_schedule(self, steps: int) -> None:
+        """Raises ConfigError when a run of so many steps is too short for the warm-up or the final decay."""
+        if self.warmup_steps > steps:
+            raise ConfigError(
+                f"warmup_steps={self.warmup_steps} is longer than the run of {steps} steps, which would never reach "
+                f"lr={self.lr}: warm up for at most {steps} steps, or train longer."
+            )
+        if self.decay_steps is not None and self.decay_steps > steps - self.warmup_steps:
+            raise ConfigError(
+                f"decay_steps={self.decay_steps} after warmup_steps={self.warmup_steps} in a run of {steps} steps: "
+                f"decay for at most {steps - self.warmup_steps} steps, or train longer."
+            )
+
     def _check_pairs(self) -> None:
         """What is given must have an effect."""
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(f"steps={self.steps} and epochs={self.epochs}: give one of them.")
+        if self.steps is not None:
+            self.check_schedule(self.steps)
         if self.decay_steps is not None and self.lr_schedule != "wsd":
             raise ConfigError(f"decay_steps={self.decay_steps} belongs to lr_schedule=wsd, not {self.lr_schedule}.")
+        for name, idle, way_out in (
+            ("min_lr", self.lr_schedule == "constant", "lr_schedule=constant ends at lr: choose cosine or wsd"),
+            ("validation_rows", self.validate_steps is None, "nothing is validated: give validate_steps"),
+            ("keep_checkpoints", self.output_path is None, "no checkpoint is written: give output_path"),
+        ):
+            if idle and getattr(self, name) != getattr(TrainOptions, name):
+                raise ConfigError(f"{name}={getattr(self, name)} has no effect, {way_out}, or leave it out.")
         if self.output_path is None:
             for name in ("checkpoint_steps", "sample_steps", "timeline_step"):
                 if getattr(self, name) is not None:
@@ -106,6 +143,10 @@ class TrainOptions:
         """Plain JSON values."""
         return asdict(self)
 
+
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+_TAKEN: Mapping[type, Any] = {int: Integral, float: Real, bool: bool, str: (str, PathLike)}
+"""Kind of a field -> what its values may be."""
 
 _LEAST: Mapping[str, float] = {
     **dict.fromkeys(("steps", "epochs", "batch_size", "grad_accum_steps", "report_steps"), 1),

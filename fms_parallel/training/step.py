@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from fms_parallel import compat
 from fms_parallel.errors import TrainingError
 from fms_parallel.modules.linear_types import refuse_quantised
 from fms_parallel.modules.loss import IGNORE, summed_cross_entropy
@@ -125,8 +126,9 @@ def count_tokens(model: nn.Module, batches: Sequence[TokenBatch]) -> int:
     """Valid tokens of the step over all data-parallel ranks.
 
     Raises:
-        TrainingError: there is none, so the mean loss does not exist.
+        TrainingError: there is none, so the mean loss does not exist; an earlier step left gradients behind.
     """
+    _refuse_waiting_gradients(model)
     count = sum((batch.labels != IGNORE).sum() for batch in batches)
     assert isinstance(count, Tensor)
     layout = parallel_of(model).layout
@@ -137,6 +139,16 @@ def count_tokens(model: nn.Module, batches: Sequence[TokenBatch]) -> int:
     if (tokens := int(count)) == 0:
         raise TrainingError("this step's batch holds no valid token (every label is -100): nothing to learn from.")
     return tokens
+
+
+def _refuse_waiting_gradients(model: nn.Module) -> None:
+    """Raises TrainingError when FSDP keeps gradients of an earlier step: it would add them to this one's."""
+    if parallel_of(model).layout.gradient_ranks > 1 and compat.has_unreduced_gradients(model):
+        raise TrainingError(
+            "gradients of an earlier step were never summed over the ranks, so its optimizer step had none: let each "
+            "step's last backward pass run under set_requires_gradient_sync(True). After a step that failed half-way "
+            "build the model anew, from a checkpoint."
+        )
 
 
 def backward(
@@ -155,8 +167,7 @@ def backward(
     Returns:
         this rank's summed loss, detached.
     """
-    # FSDP2 averages gradients over the ranks that see different tokens; the loss is a sum over them.
-    scale = parallel_of(model).layout.gradient_ranks / tokens
+    scale = _scale(model, tokens)
     total = None
     pipeline = parallel_of(model).pipeline
     check_loss_function(model, loss_function)
@@ -177,6 +188,39 @@ def backward(
     return total
 
 
+def _scale(model: nn.Module, tokens: int) -> float:
+    """Of a rank's summed loss: FSDP2 averages gradients over ranks with other tokens, the loss is a sum over them."""
+    return parallel_of(model).layout.gradient_ranks / tokens
+
+
+def mean_loss(
+    model: nn.Module,
+    batch: TokenBatch,
+    tokens: int,
+    *,
+    loss_function: LossFunction = model_loss,
+    key: DropoutKey | None = None,
+) -> Tensor:
+    """This rank's part of a step's mean loss, for a loop of one's own: `mean_loss(...).backward()` per micro-batch.
+
+    After the last one `.grad` holds, as far as torch reads it, the gradient of the mean over all ranks' tokens; the
+    average of the parts over the ranks, summed over the micro-batches, is the loss.
+
+    Args:
+        batch: this rank's rows (with cp whole rows: a part of them is cut here). tokens: of `count_tokens`.
+        key: names the random bits of a model that drops something.
+    Raises:
+        TrainingError: pp, whose stages run forward and backward at once: use `compute_gradients`.
+    """
+    if parallel_of(model).pipeline is not None:
+        raise TrainingError(
+            f"pp={parallel_of(model).layout.pp}: stages run forward and backward at once, no rank has a loss to call "
+            "backward() on. Use compute_gradients(model, batches, max_grad_norm=...), then optimizer.step()."
+        )
+    check_loss_function(model, loss_function)
+    return loss_function(model, share_of(model, batch), key) * _scale(model, tokens)
+
+
 def summarise(model: nn.Module, loss_sum: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """(mean loss, gradient norm) of the step over the whole job: one collective."""
     parallel = parallel_of(model)
@@ -187,6 +231,40 @@ def summarise(model: nn.Module, loss_sum: Tensor, tokens: int) -> tuple[Tensor, 
     if layout.world_size > 1:
         dist.all_reduce(both)
     return both[0] / tokens, both[1].sqrt()
+
+
+def compute_gradients(
+    model: nn.Module,
+    batches: Sequence[TokenBatch],
+    *,
+    max_grad_norm: float | None = None,
+    loss_function: LossFunction = model_loss,
+    keys: Sequence[DropoutKey | None] | None = None,
+    check_gradients: bool = False,
+) -> StepResult:
+    """Gradients of the mean loss, added to `.grad` and clipped over the whole mesh: a step without its optimizer.
+
+    Args:
+        batches: this rank's micro-batches. max_grad_norm: None or 0 does not clip.
+        keys: names of their random bits, see `dropout_keys`.
+    Raises:
+        TrainingError: as `train_step`.
+    """
+    refuse_quantised(model)
+    tokens = count_tokens(model, batches)
+    loss_sum = backward(model, batches, tokens, loss_function=loss_function, keys=keys)
+    if check_gradients:
+        check_every_gradient(model)
+    loss, norm = summarise(model, loss_sum, tokens)
+    result = StepResult(float(loss), float(norm), tokens)
+    if not (abs(result.loss) < float("inf") and result.grad_norm < float("inf")):
+        raise TrainingError(
+            f"loss {result.loss}, gradient norm {result.grad_norm}: not finite, the weights were left as they are. "
+            "Lower the learning rate, look at the data of this step, or resume from the last checkpoint."
+        )
+    if max_grad_norm and result.grad_norm > max_grad_norm:
+        clip_gradients_(model.parameters(), norm, max_grad_norm)
+    return result
 
 
 def train_step(
@@ -205,21 +283,15 @@ def train_step(
         TrainingError: weights that take no gradient (int8); no valid token; a loss or gradient norm that is not finite
             (nothing is updated); with `check_gradients`, a trainable parameter without a gradient.
     """
-    refuse_quantised(model)
-    tokens = count_tokens(model, batches)
     optimizer.zero_grad(set_to_none=True)
-    loss_sum = backward(model, batches, tokens, loss_function=loss_function, keys=keys)
-    if check_gradients:
-        check_every_gradient(model)
-    loss, norm = summarise(model, loss_sum, tokens)
-    result = StepResult(float(loss), float(norm), tokens)
-    if not (abs(result.loss) < float("inf") and result.grad_norm < float("inf")):
-        raise TrainingError(
-            f"loss {result.loss}, gradient norm {result.grad_norm}: not finite, the weights were left as they are. "
-            "Lower the learning rate, look at the data of this step, or resume from the last checkpoint."
-        )
-    if max_grad_norm is not None and result.grad_norm > max_grad_norm:
-        clip_gradients_(model.parameters(), norm, max_grad_norm)
+    result = compute_gradients(
+        model,
+        batches,
+        max_grad_norm=max_grad_norm,
+        loss_function=loss_function,
+        keys=keys,
+        check_gradients=check_gradients,
+    )
     optimizer.step()
     return result
 

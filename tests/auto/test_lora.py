@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from fms_parallel.auto.lora import add_lora, merge_lora
 from fms_parallel.errors import CheckpointError, ConfigError
+from fms_parallel.inference.weights import prepare_for_decode
 from fms_parallel.models import get_model, load_lora, save_lora
 from fms_parallel.modules.low_rank import LowRank, is_adapter, matrix_of, without_adapters
+from fms_parallel.training import TrainOptions, make_optimizer
 
 SMALL: dict[str, Any] = {"width": 32, "layers": 2, "ffn_width": 48, "vocab_size": 64, "heads": 4, "kv_heads": 2}
 TARGETS = r".*\.(query|key|value|out|gate|up|down|qkv|gate_up)"
@@ -81,6 +83,32 @@ def test_merging_changes_weights_and_no_result() -> None:
         merge_lora(model)
         torch.testing.assert_close(loss_of(model), before, rtol=1e-12, atol=0)
     assert not torch.equal(weight, model.get_parameter("layers.0.attention.qkv.weight"))
+
+
+def test_merging_leaves_the_model_without_adapters(tmp_path: Path) -> None:
+    model = adapted(fused=True)
+    merge_lora(model)
+    plain = get_model("llama", "micro", fused=True, **SMALL)
+    assert list(model.state_dict()) == list(plain.state_dict()) == list(model.parallel.names)  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="adapters"):
+        save_lora(model, tmp_path)
+    with torch.no_grad(), prepare_for_decode(model, 1):
+        loss_of(model)
+    with pytest.raises(ConfigError, match="every parameter is frozen"):
+        make_optimizer(model, TrainOptions())
+
+
+def test_merging_into_called_layers_leaves_no_hook() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True).train()
+    names, x = list(model.state_dict()), torch.randn(2, 5, 8)
+    before = model(x)
+    add_lora(model, ["linear1"], rank=2)
+    nn.init.normal_(model.get_parameter("linear1_lora_b.weight"))
+    wanted = model(x)
+    merge_lora(model)
+    torch.testing.assert_close(model(x), wanted)
+    assert not torch.equal(wanted, before)
+    assert list(model.state_dict()) == names and not model.linear1._forward_hooks
 
 
 def changed(tensors: dict[str, Tensor], case: str) -> dict[str, Tensor]:

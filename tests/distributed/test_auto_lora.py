@@ -15,7 +15,7 @@ from torch import Tensor
 from fms_parallel.auto.lora import merge_lora
 from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.models import get_model, load_lora, save_hf, save_lora
-from fms_parallel.modules.low_rank import LowRank
+from fms_parallel.modules.low_rank import LowRank, is_adapter
 from tests.distributed.comparison import Case, check, shaken_model, together
 
 EVERY = LowRank(("query", "key", "value", "out", "gate", "up", "down"), rank=3)
@@ -72,6 +72,9 @@ def written_and_read(folder: str, fields: dict[str, Any]) -> tuple[float, float]
         merge_lora(model)
         merged = model(ids())
         save_hf(model, f"{folder}/merged")
+        merge_lora(other)
+        torch.testing.assert_close(other(ids()), wanted, rtol=1e-11, atol=1e-13)
+        assert not [name for each in (model, other) for name, _ in each.named_parameters() if is_adapter(name)]
     scale = float(wanted.abs().max())
     return float((found - wanted).abs().max()) / scale, float((merged - wanted).abs().max()) / scale
 

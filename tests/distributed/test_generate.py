@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fms_parallel.data.feed import Batch
 from fms_parallel.distributed.launch import run_ranks
 from fms_parallel.distributed.mesh import build_mesh
 from fms_parallel.errors import ConfigError
@@ -19,6 +20,7 @@ from fms_parallel.inference import generate
 from fms_parallel.inference.cache import KVCache
 from fms_parallel.inference.ranks import SameOnAllRanks
 from fms_parallel.layout import ParallelLayout
+from fms_parallel.training import mean_loss
 from tests.inference.models import PROMPTS, tiny_llama
 from tests.poison import poisoned_memory
 
@@ -49,7 +51,7 @@ def training_works(model: nn.Module) -> bool:
     """Generation must leave nothing behind that a backward pass cannot use."""
     model.train()
     ids = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])
-    model(ids, ids).backward()
+    mean_loss(model, Batch(ids, ids), ids.numel()).backward()
     return all(parameter.grad is not None for parameter in model.parameters())
 
 

@@ -46,6 +46,11 @@ def test_a_run_leaves_what_inference_needs(
     ask = ["--run_folder", str(folder), "--prompt", "The ", "--max_new_tokens", "5", "--json"]
     assert command(monkeypatch, inference, *ask) == 0
     assert json.loads(capsys.readouterr().out)["prompt"] == "The "
+    drawn = []
+    for _ in range(2):
+        assert command(monkeypatch, inference, *ask, "--temperature", "2", "--seed", "-1") == 0
+        drawn.append(capsys.readouterr().out)
+    assert drawn[0] == drawn[1]
     with pytest.raises(ConfigError, match=r"--variant is what --run_folder .* says itself: drop it"):
         command(monkeypatch, inference, *ask, "--variant", "7b")
     (folder / "run.json").write_text('{"architecture": "llama"}')
@@ -100,13 +105,28 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["--phases", "4:seq_len=5000"], ["5000", "max_positions=1024"]),
     (["--phases", "4:batch_size=6", "--grad_accum_steps", "4"], ["--phases: from step 4 on", "6", "multiple of 4"]),
     (["--phases", "4:batch_size=6", "--steps", "3"], ["step 4 comes after the last of 3 steps"]),
+    (["--relayout", "3:tp=1", "--steps", "3"], ["--relayout 3:tp=1", "after the last of 3 steps"]),
+    (["--steps", "3", "--warmup_steps", "4"], ["warmup_steps=4", "run of 3 steps", "at most 3"]),
+    (["--warmup_steps", "4000"], ["warmup_steps=4000", "longer than the run", "train longer"]),
+    (["--validation_fraction", "0.1"], ["--validation_fraction belongs to --validate_steps"]),
+    (["--sample_tokens", "5"], ["--sample_tokens belongs to --sample_steps"]),
+    (["--sample_steps", "1", "--sample_tokens", "0", "--output_path", "OUT"], ["--sample_tokens 0", "at least one"]),
+    (
+        ["--sample_steps", "1", "--sample_tokens", "1021", "--output_path", "OUT"],
+        ["prompt of 5 tokens", "at most 1019"],
+    ),
+    (["--silence", "5"], ["--silence belongs to --elastic"]),
+    (["--elastic", "--silence", "0"], ["--silence 0.0", "more than 0 seconds"]),
+    (["--elastic", "--buddy_every", "0"], ["--buddy_every 0", ">= 1"]),
+    (["--elastic", "--replacements", "-1"], ["--replacements -1", ">= 0"]),
 ]
 
 
 @pytest.mark.parametrize(("words", "said"), BAD, ids=[" ".join(words) for words, _ in BAD])
 def test_a_bad_command_gets_a_clear_sentence(
-    monkeypatch: pytest.MonkeyPatch, text: Path, words: list[str], said: list[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: Path, words: list[str], said: list[str]
 ) -> None:
+    words = [str(tmp_path / "run") if word == "OUT" else word for word in words]
     given = ["--dataset_path", str(text)] if not any("dataset_style" in word for word in words) else []
     with pytest.raises(FmsError) as caught:
         command(monkeypatch, train_causal, *given, *words)

@@ -195,3 +195,16 @@ def test_loss_function_is_asked() -> None:
 
     train(tiny(), rows(), loss_function=watched, **(OPTIONS | {"steps": 2}))
     assert calls == [3, 3]
+
+
+def test_layouts_of_steps_that_never_come_are_refused() -> None:
+    from fms_parallel.dynamic.schedule import LayoutSchedule
+
+    schedule = LayoutSchedule({6: "tp=1"}, lambda layout, **_: tiny())
+    with pytest.raises(ConfigError, match=r"step 6 for layout 'tp=1' comes after the last of 6 steps"):
+        train(tiny(), rows(), between_steps=schedule, **OPTIONS)
+
+
+def test_a_warm_up_longer_than_all_epochs_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"warmup_steps=6 is longer than the run of 5 steps"):
+        train(tiny(), rows(40), batch_size=8, epochs=1, warmup_steps=6)
