@@ -9,7 +9,7 @@ It knows models that tell their blocks about tokens (`sequences`); it knows no l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from fms_parallel.errors import ConfigError
-from fms_parallel.inference.block_pieces import CompiledBlocks, Pieces, listened
+from fms_parallel.inference.block_pieces import Attention, CompiledBlocks, Pieces, listened
 from fms_parallel.inference.cache import KVCache
 from fms_parallel.inference.one_query import ALLOWED, Attentions, Stretch, difference
 from fms_parallel.modules.blocks import Blocks
 from fms_parallel.modules.linear import Multiplies
 from fms_parallel.modules.scores import scores
-from fms_parallel.modules.sequences import KVStore, Sequences
+from fms_parallel.modules.sequences import KVStore, RaggedStore, Sequences
 from fms_parallel.strategy.base import repeated_blocks
 
 
@@ -48,17 +48,31 @@ class _Side:
         return None if rows is None else [Stretch(keys, values, 0, length) for keys, values, length in rows]
 
 
+class _Quick:
+    """A store of rows side by side, whose attention goes through kernels where it can."""
+
+    def __init__(self, store: RaggedStore, attentions: Attentions) -> None:
+        self.store, self.attentions = store, attentions
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
+        """See `RaggedStore`."""
+        heads = q.shape[2], k.shape[2], q.shape[3]
+        call = Attention(layer, scale, window, heads, self.attentions.known(heads, q, scale))
+        return call(self.store, (q, k, v))
+
+
 class FastBlocks:
     """Takes the place of the forward of consecutive blocks: compiled for some numbers of tokens, their own otherwise.
 
     Args:
         owner: whose forward that is, of the `Blocks` or of a single block.
+        attentions: kernels that steps of other numbers of tokens use too.
     Attributes:
         compiled: number of tokens -> the blocks for so many.
     """
 
-    def __init__(self, owner: nn.Module, dtype: torch.dtype, tables: Tables) -> None:
-        self.owner, self.dtype, self.tables = owner, dtype, tables
+    def __init__(self, owner: nn.Module, dtype: torch.dtype, attentions: Attentions) -> None:
+        self.owner, self.dtype, self.attentions, self.tables = owner, dtype, attentions, Tables()
         self.compiled: dict[int, CompiledBlocks] = {}
 
     @property
@@ -68,8 +82,10 @@ class FastBlocks:
 
     def __call__(self, x: Tensor, seq: Sequences) -> Tensor:
         """`[B, S, E]` -> `[B, S, E]`."""
-        compiled = self.compiled.get(seq.tokens)
-        if compiled is None or not self._is_decoding(x, seq):
+        compiled, decoding = self.compiled.get(seq.tokens), self._is_decoding(x, seq)
+        if compiled is None or not decoding:
+            if decoding and seq.ragged is not None:
+                seq = replace(seq, cache=_Quick(seq.ragged, self.attentions))
             return type(self.owner).forward(self.owner, x, seq)  # type: ignore[no-any-return, arg-type]
         store: Any = seq.ragged or _Side(seq.cache, seq)  # type: ignore[arg-type]
         if x.shape[0] == 1:  # the usual case, in as few operations as can be
@@ -150,10 +166,11 @@ def fast_blocks(
     Args:
         time: seconds of one of these calls.
     """
-    fast = [FastBlocks(owner, dtype, Tables()) for owner in _owners(model)]
+    attentions = Attentions(time)
+    fast = [FastBlocks(owner, dtype, attentions) for owner in _owners(model)]
     if not hasattr(model, "sequences") or not fast:
         return [], []
-    trial = _Trial(model, fast, Pieces(), Attentions(time), time)
+    trial = _Trial(model, fast, Pieces(), attentions, time)
     choices = [trial.choose(tokens) for tokens in counts]
     used = [one for one in fast if one.compiled]
     for one in used:

@@ -145,6 +145,10 @@ class Attentions:
                 self.reason, self._made[key] = f"cannot be compiled: {type(error).__name__}: {said[0]}", None
         return self._made[key]
 
+    def known(self, heads: tuple[int, int, int], like: Tensor, scale: float | None) -> OneQuery | None:
+        """As `of`, of those that there are."""
+        return self._made.get((heads, like.dtype, scale))
+
     def _tried(self, heads: tuple[int, int, int], dtype: torch.dtype, scale: float | None) -> OneQuery | None:
         kernel, rows = OneQuery(heads, dtype, scale), [_Row.drawn(heads, dtype) for _ in range(4)]
         compiled = [partial(row.compiled, kernel) for row in rows]
