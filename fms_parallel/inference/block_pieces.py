@@ -13,6 +13,7 @@ It knows blocks that are called as `block(x, sequences)`; it knows no model.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,12 +25,12 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from fms_parallel import compat
-from fms_parallel.distributed.boxes import local_tensor
 from fms_parallel.distributed.collectives import Means, all_reduce
 from fms_parallel.errors import ConfigError
 from fms_parallel.inference.compiled import Operands, products
 from fms_parallel.inference.graphs import Function, Graphs
 from fms_parallel.inference.one_query import Attentions, OneQuery, stretches_of
+from fms_parallel.inference.watched import Watched
 from fms_parallel.modules.linear import Multiplies, Product
 from fms_parallel.modules.sequences import RaggedStore, Sequences
 from fms_parallel.modules.tp import TPModule
@@ -186,6 +187,7 @@ class Pieces:
     def __init__(self, graphs: Graphs | None = None) -> None:
         self._made: dict[Any, Function] = {}
         self._graphs, self._always = graphs or Graphs(), graphs is not None
+        self.alone = threading.Lock()  # pieces share memory on a GPU, and blocks know one store at a time
 
     def of(self, graph: GraphModule, given: Sequence[Tensor]) -> Function:
         """The piece that computes `graph` for tensors like these. Raises ConfigError: the compiler cannot."""
@@ -229,9 +231,7 @@ class CompiledBlocks:
     def __init__(
         self, blocks: Sequence[nn.Module], x: Tensor, seq: Sequences, pieces: Pieces, attentions: Attentions
     ) -> None:
-        held = [local_tensor(parameter) for block in blocks for parameter in block.parameters()]
-        self._watched = [tensor for tensor in held if not tensor.is_inference()]
-        self._versions = [tensor._version for tensor in self._watched]
+        self._watched = Watched(blocks)
         matrices = _Matrices.of(blocks, x)
         with listened(blocks) as listener:
             graph = _traced(blocks, x, replace(seq, cache=listener), matrices)
@@ -239,17 +239,20 @@ class CompiledBlocks:
         self._calls = [_with_kernel(call, attentions, x) for call in listener.calls]
         self._store = cast(RaggedStore, listener)
         self._constants = [*matrices.tensors, *_constants_as_inputs(graph)]
-        own = {tensor.untyped_storage().data_ptr() for tensor in held}
+        own = {tensor.untyped_storage().data_ptr() for tensor in self._watched.tensors}
         self.extra_bytes = sum(t.nbytes for t in matrices.tensors if t.untyped_storage().data_ptr() not in own)
+        self._alone = pieces.alone
         self._run = self._split(graph, pieces)
 
     def __call__(self, x: Tensor, rope: Sequence[Tensor], store: RaggedStore) -> Tensor:
-        """`[1, N, E]` -> `[1, N, E]`."""
-        return self.steps(x, rope, store)[-1]
+        """`[1, N, E]` -> `[1, N, E]`. From any thread: others wait."""
+        with self._alone:
+            made = self.steps(x, rope, store)[-1]
+            return made.clone() if made.is_cuda else made  # a graph's next call, of another thread, writes there
 
     def steps(self, x: Tensor, rope: Sequence[Tensor], store: RaggedStore) -> tuple[Tensor, ...]:
         """What each block makes."""
-        if [tensor._version for tensor in self._watched] != self._versions:
+        if self._watched.changed():
             raise ConfigError("a weight has changed since prepare_for_decode: undo() it, and prepare again.")
         self._store = store
         return self._run.forward(x, *rope, *self._constants)  # type: ignore[no-any-return]

@@ -117,17 +117,17 @@ class Tables:
     """The rotary tables of one forward, `[1, N, R/2]` for N tokens side by side: made for its first block."""
 
     def __init__(self) -> None:
-        self._given: tuple[Tensor, Tensor] | None = None
-        self._flat: tuple[Tensor, ...] = ()
+        self._made: tuple[object, tuple[Tensor, ...]] = (None, ())
 
     def of(self, seq: Sequences) -> tuple[Tensor, ...]:
         """Those of `seq`, if it has any."""
         if seq.rope is None:
             return ()
-        if seq.rope is not self._given:
-            self._given = seq.rope
-            self._flat = tuple(_side_by_side(table, seq) for table in seq.rope)
-        return self._flat
+        given, flat = self._made  # as one value: another thread may be in another forward
+        if seq.rope is not given:
+            flat = tuple(_side_by_side(table, seq) for table in seq.rope)
+            self._made = seq.rope, flat
+        return flat
 
 
 def _side_by_side(table: Tensor, seq: Sequences) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from fms_parallel import compat
 from fms_parallel.modules.scores import scores
 
-ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2**-5}
+ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2**-8, torch.bfloat16: 2**-5}
 """Largest difference between what was compiled and what it stands for, of the largest number: what was traced wrongly
 is far above, rounding far below."""
 

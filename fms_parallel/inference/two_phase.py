@@ -51,7 +51,8 @@ class ScheduleGeneration:
         with self.engine.by_hand():
             self.rows = []
             try:
-                self.rows += [HeldRow(ids, self.engine.pool) for ids in rows]
+                for ids in rows:  # one by one: those that were begun are given back when the next does not fit
+                    self.rows.append(HeldRow(ids, self.engine.pool))
                 return self._forward(chunk)
             except Exception:
                 self.close()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -27,6 +27,7 @@ from fms_parallel.errors import ConfigError
 from fms_parallel.inference.blocks import BlockChoice, FastBlocks, fast_blocks
 from fms_parallel.inference.compiled import MOST_ROWS, Compiled
 from fms_parallel.inference.kernels import COMPILED, NAMES, STORED, Kernel, candidate
+from fms_parallel.inference.watched import Watched
 from fms_parallel.modules.embedding import Embedding
 from fms_parallel.modules.linear import Matrices, Multiplies, Product, Weight, shared_linear
 
@@ -149,11 +150,9 @@ class _Group:
         kinds = tuple((type(w), _numbers(w).dtype, _numbers(w).shape) for w in weights)
         return self.name, kinds, tuple(b is not None for b in biases)
 
-    def watched(self) -> tuple[Tensor, ...]:
-        """What this rank holds of the parameters, whose versions tell of writes."""
-        owners = [self.module.get_submodule(name) for name in self.module.groups()[self.name]]
-        held = [p for owner in owners for p in owner.parameters(recurse=False)]
-        return tuple(plain for plain in map(local_tensor, held) if not plain.is_inference())
+    def watched(self) -> Watched:
+        """Its parameters."""
+        return Watched(self.module.get_submodule(name) for name in self.module.groups()[self.name])
 
 
 def _groups(model: nn.Module) -> Iterator[_Group]:
@@ -205,20 +204,15 @@ class FastProduct:
     kernel: Kernel | None
     rows: int | None
     exact: dict[int, Kernel]
-    watched: tuple[Tensor, ...] = ()
-    versions: tuple[int, ...] = field(default=(), init=False)
-
-    def __post_init__(self) -> None:
-        self.versions = tuple(tensor._version for tensor in self.watched)
+    watched: Watched
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
         kernel = self._kernel(flat.shape[0])
         if kernel is None:
             return shared_linear(x, *self.group.module.matrices(self.group.name, x))
-        for tensor, version in zip(self.watched, self.versions, strict=True):
-            if tensor._version != version:
-                raise ConfigError("a weight has changed since prepare_for_decode: undo() it, and prepare again.")
+        if self.watched.changed():
+            raise ConfigError("a weight has changed since prepare_for_decode: undo() it, and prepare again.")
         if x.dtype != self.dtype:
             raise ConfigError(f"prepared for activations in {self.dtype}, given {x.dtype}: prepare again.")
         y = kernel(flat).view(*x.shape[:-1], -1)
@@ -342,7 +336,7 @@ def _extra_bytes(group: _Group, trial: _Trial, found: Choice) -> int:
     weights = group.matrices(trial.dtype).weights
     plain = isinstance(weights[0], Tensor)
     if found.layout in (STORED, COMPILED):
-        held = {tensor.untyped_storage().data_ptr() for tensor in group.watched()}
+        held = {tensor.untyped_storage().data_ptr() for tensor in group.watched().tensors}
         return sum(w.nbytes for w in map(_numbers, weights) if w.untyped_storage().data_ptr() not in held)
     copied = sum(found.sizes) * found.width if plain or len(weights) > 1 else 0
     return copied * (trial.dtype.itemsize if plain else 1)

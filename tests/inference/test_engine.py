@@ -438,6 +438,14 @@ def test_a_tokenizer_of_another_library_is_refused(tokenizer: Any, make: Make) -
         make(tokenizer=tokenizer)
 
 
+def test_rows_that_were_begun_are_given_back_when_the_next_does_not_fit() -> None:
+    engine = InferenceEngine(tiny_llama(), block_size=4, cache_tokens=16, max_batch_size=2)
+    with pytest.raises(ConfigError, match="needs more than the"):
+        engine.prefill([[1] * 10, [2] * 10])
+    assert engine.pool.in_use == 0
+    assert engine.prefill([[1] * 10]).shape == (1, 37)
+
+
 def test_a_row_does_not_wait_for_ever_for_what_its_own_caller_holds(model: nn.Module, make: Make) -> None:
     engine = make(cache_tokens=32, block_size=4)
     engine.prefill([list(range(1, 21))])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from fms_parallel import compat
+from fms_parallel.errors import ConfigError
 from fms_parallel.inference import InferenceEngine, generate
 from fms_parallel.inference.cache import KVCache
 from fms_parallel.inference.kv_manager import CacheSize, KVCacheManager
@@ -14,6 +17,7 @@ from fms_parallel.inference.one_query import Attentions, OneQuery, Stretch
 from fms_parallel.inference.paged import Where
 from fms_parallel.inference.ragged import Piece, RaggedBatch
 from fms_parallel.inference.weights import prepare_for_decode
+from fms_parallel.models import get_model
 from fms_parallel.modules.scores import scores
 from tests.inference.models import PROMPTS, compiled_wins, tiny_llama
 
@@ -94,6 +98,11 @@ def test_decoding_goes_through_it() -> None:
             with InferenceEngine(model, max_batch_size=3, max_seq_len=32) as engine:
                 assert [list(one.tokens) for one in engine.generate(PROMPTS, max_new_tokens=12)] == want
             assert calls == [3] * 2 * 11
+            calls.clear()
+            several = [*PROMPTS, *PROMPTS[:2]]  # more rows than blocks are compiled for
+            with InferenceEngine(model, max_batch_size=5, max_seq_len=32) as engine:
+                assert [list(one.tokens) for one in engine.generate(several, max_new_tokens=12)] == [*want, *want[:2]]
+            assert calls == [5] * 2 * 11
 
 
 def test_rows_in_several_places_or_with_several_queries_are_the_stores() -> None:
@@ -129,3 +138,58 @@ def test_what_is_wrong_or_no_faster_or_no_program_is_not_used() -> None:
             assert attentions.of((4, 2, 8), like, None) is None
             assert attentions.reason == reason
             assert attentions.of((4, 2, 8), like, None) is None  # tried once
+
+
+def test_half_precision_is_judged_by_its_own_rounding() -> None:
+    with compiled_wins(), prepare_for_decode(tiny_llama().half(), rows=2, compiled=True) as prepared:
+        assert [(choice.tokens, choice.reason, choice.attention) for choice in prepared.blocks] == [
+            (1, "", ""),
+            (2, "", ""),
+        ]
+
+
+@pytest.mark.parametrize("way", ["assigned", "exchanged"])
+def test_a_weight_that_is_another_tensor_now_is_an_error(way: str) -> None:
+    model = tiny_llama()
+    with compiled_wins(), prepare_for_decode(model, compiled=True):
+        generate(model, PROMPTS[:1], max_new_tokens=3)
+        if way == "assigned":
+            model.load_state_dict({name: 2 * x for name, x in model.state_dict().items()}, assign=True)
+        else:
+            for parameter in model.parameters():
+                parameter.data = 2 * parameter.data
+        with pytest.raises(ConfigError, match="a weight has changed since prepare_for_decode"):
+            generate(model, PROMPTS[:1], max_new_tokens=3)
+
+
+def test_two_engines_of_one_model_may_run_in_two_threads() -> None:
+    """Blocks wait for each other: a step that was interrupted goes on with its own memory."""
+    model, switched = tiny_llama(), sys.getswitchinterval()
+    prompts = [[n + 1, 2 * n + 1, 5][: 1 + n % 3] for n in range(8)]
+    want = [generate(model, [row], max_new_tokens=24)[0] for row in prompts]
+    with ExitStack() as stack:
+        stack.callback(sys.setswitchinterval, switched)
+        sys.setswitchinterval(1e-5)
+        stack.enter_context(compiled_wins())
+        stack.enter_context(prepare_for_decode(model, rows=2, compiled=True))
+        made = [InferenceEngine(model, max_batch_size=2, block_size=size) for size in (4, 8)]
+        engines = [stack.enter_context(engine).start() for engine in made]
+        for _ in range(2):
+            handles = [[engine.submit(row, max_new_tokens=24) for row in prompts] for engine in engines]
+            assert [[list(one.result(timeout=60).tokens) for one in few] for few in handles] == [want, want]
+
+
+def test_a_models_own_scale_reaches_the_kernel() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 37, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_width": 48, "std": 0.4}
+    model = get_model("granite", None, **sizes, max_positions=64, attention_multiplier=2.0)
+    model.eval()
+    with compiled_wins(), InferenceEngine(model, max_batch_size=3, max_seq_len=32) as engine:
+        found = []
+        for compiled in (False, True):
+            with prepare_for_decode(model, rows=2, compiled=compiled):
+                for rows in (1, 2, 3):  # the last are more than blocks are compiled for
+                    engine.prefill(PROMPTS[:rows])
+                    found.append(engine.decode_step([4, 5, 6][:rows], [5, 2, 1][:rows]))
+        for want, got in zip(found[:3], found[3:], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

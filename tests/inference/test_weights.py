@@ -18,7 +18,7 @@ from fms_parallel.inference.weights import Prepared, _Trial, prepare_for_decode
 from fms_parallel.modules.linear import Matrices
 from fms_parallel.modules.linear_types import get_linear_type, quantise
 from fms_parallel.modules.low_rank import LowRank
-from tests.inference.models import PROMPTS, tiny_llama
+from tests.inference.models import PROMPTS, compiled_wins, tiny_llama
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
 
@@ -171,6 +171,20 @@ def test_weights_that_changed_are_not_silently_the_old_ones() -> None:
             logits(model)
     prepared.undo()
     logits(model)
+
+
+@pytest.mark.parametrize("way", ["assigned", "exchanged"])
+def test_weights_that_are_other_tensors_now_are_not_silently_the_old_ones(way: str) -> None:
+    model = tiny_llama()
+    with compiled_wins(), prepare_for_decode(model) as prepared:  # what is tried last: copies
+        assert first_copy(prepared)
+        if way == "assigned":
+            model.load_state_dict({name: 2 * x for name, x in model.state_dict().items()}, assign=True)
+        else:
+            for parameter in model.parameters():
+                parameter.data = 2 * parameter.data
+        with torch.no_grad(), pytest.raises(ConfigError, match="a weight has changed since prepare_for_decode"):
+            model(torch.tensor([[1]]))  # one row: prompts may go through the parameters
 
 
 def test_every_group_has_a_choice_that_was_the_fastest() -> None:
