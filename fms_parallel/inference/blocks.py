@@ -145,7 +145,7 @@ class BlockChoice:
     """What was found for a model's blocks and so many tokens.
 
     Attributes:
-        count: blocks. tokens: N. seconds: of all of them as they are. compiled: of all as compiled pieces, or None.
+        count: blocks. tokens: N. seconds: of one run of them as they are. compiled: of one as compiled pieces, or None.
         reason: why there are none, or why they are not used.
         attention: why their attention is not compiled; empty where it is.
     """

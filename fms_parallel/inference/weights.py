@@ -169,7 +169,7 @@ def _check(model: nn.Module, groups: Sequence[_Group]) -> None:
         raise ConfigError("weights sharded by fsdp or dp are gathered for each use: load the model without them.")
     if any(group.module.adapted for group in groups):
         raise ConfigError(
-            "a model with adapters multiplies by its parameters: merge_lora(model), write it with save_hf, load that."
+            "a model with adapters multiplies by its parameters: merge_lora(model) first, which leaves none."
         )
     if any(group.module.fast for group in groups):
         raise ConfigError("this model is prepared for decoding already: undo() that first.")

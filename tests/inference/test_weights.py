@@ -202,7 +202,7 @@ def test_wrong_requests_are_refused() -> None:
         prepare_for_decode(nn.Linear(2, 2))
     adapted = tiny_llama()
     add_low_rank(adapted, LowRank(("query",)))
-    with pytest.raises(ConfigError, match=r"merge_lora\(model\), write it with save_hf, load"):
+    with pytest.raises(ConfigError, match=r"merge_lora\(model\) first, which leaves none"):
         prepare_for_decode(adapted)
     prepared = prepare_for_decode(model)
     if first_copy(prepared):
